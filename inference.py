@@ -1,0 +1,698 @@
+"""Policies (sampler and scorer side by side), load / save, evaluation, and the question-answering command.
+
+Shapes: P prompts, G completions of each, B = P * G rows (prompt-major), L prompt tokens after left padding,
+T completion tokens after right padding, V vocabulary, C hidden size.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+
+from model_toy import Cache, Llama, LlamaConfig
+from rewards import UserError, apply_reward, extract_answer
+from tasks import Example, Task, as_chat, find_task, load_task
+
+# --- Policies -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Rollout:
+    """Sampled completions and the prompts they belong to; ids are carried, text is never tokenized again."""
+
+    prompts: torch.Tensor  # (P, L) int64, padded on the left
+    prompt_mask: torch.Tensor  # (P, L) bool, true on real tokens
+    group: torch.Tensor  # (B,) int64, the prompt of each row
+    actions: torch.Tensor  # (B, T) int64 completion ids, padded on the right
+    mask: torch.Tensor  # (B, T) bool, true up to and including the end token
+    sampler_logp: torch.Tensor  # (B, T) float32, the sampler's own log-probabilities
+    truncated: torch.Tensor  # (B,) bool, cut by the length limit
+    texts: list[str]  # (B,) completions without special tokens
+
+    def select(self, rows: torch.Tensor) -> "Rollout":
+        """The rollout of some rows (int64 indices), with only their prompts and no more padding than they need."""
+        prompts, group = torch.unique(self.group[rows], return_inverse=True)
+        start = int(self.prompt_mask[prompts].any(0).int().argmax())
+        width = int(self.mask[rows].sum(1).max())
+        return Rollout(
+            prompts=self.prompts[prompts, start:],
+            prompt_mask=self.prompt_mask[prompts, start:],
+            group=group,
+            actions=self.actions[rows, :width],
+            mask=self.mask[rows, :width],
+            sampler_logp=self.sampler_logp[rows, :width],
+            truncated=self.truncated[rows],
+            texts=[self.texts[row] for row in rows.tolist()],
+        )
+
+    @property
+    def completion_ids(self) -> list[list[int]]:
+        """The sampled ids of each row, its end token included."""
+        return [ids[keep].tolist() for ids, keep in zip(self.actions.cpu(), self.mask.cpu(), strict=True)]
+
+
+def micro_batches(rollout: Rollout, token_budget: int) -> list[torch.Tensor]:
+    """Cut the rows into micro-batches of at most `token_budget` tokens, padding included; returns row indices.
+
+    Groups are sorted by length, longest first (so that memory runs out at once or not at all), and stay whole where
+    they fit. A group less than half as long as the longest of its micro-batch starts a new one, to save padding.
+    """
+    lengths, prompt_lengths = rollout.mask.sum(1).tolist(), rollout.prompt_mask.sum(1).tolist()
+    members: dict[int, list[int]] = {}
+    for row, group in enumerate(rollout.group.tolist()):
+        members.setdefault(group, []).append(row)
+    units = []  # (completion tokens, prompt tokens, rows)
+    for group, rows in members.items():
+        width, prompt = max(lengths[row] for row in rows), prompt_lengths[group]
+        fit = len(rows) if prompt + len(rows) * width <= token_budget else max(1, token_budget // (prompt + width))
+        units += [(width, prompt, rows[i : i + fit]) for i in range(0, len(rows), fit)]
+    batches: list[list[int]] = []
+    longest = widest = prompts = 0
+    for width, prompt, rows in sorted(units, key=lambda unit: -unit[0]):
+        widest = max(widest, prompt)
+        tokens = (prompts + 1) * widest + (len(batches[-1]) + len(rows)) * longest if batches else 0
+        if not batches or tokens > token_budget or 2 * width < longest:
+            batches.append([])
+            longest, widest, prompts = width, prompt, 0
+        batches[-1] += rows
+        prompts += 1
+    return [torch.tensor(sorted(rows), device=rollout.mask.device) for rows in batches]
+
+
+def row_uniforms(key: Sequence[int], prompts: Sequence[int], group_size: int, length: int) -> torch.Tensor:
+    """Uniforms (B, T) float64 in the open interval (0, 1), a Philox stream per row: key is (seed, step, draw).
+
+    A row's numbers follow from its own coordinates alone, so nothing else in the batch can change them.
+    """
+    streams = [
+        np.random.Philox(np.random.SeedSequence([*key, prompt, completion])).random_raw(length)
+        for prompt in prompts
+        for completion in range(group_size)
+    ]
+    # 52 bits and a half step: both ends of the interval stay out of reach, and the sum is exact in float64.
+    return torch.from_numpy(((np.stack(streams) >> np.uint64(12)) + 0.5) * 2.0**-52)
+
+
+def log_distribution(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """log_softmax(logits / temperature) over the last dimension, in float32; sampler and scorer share it."""
+    return torch.log_softmax(logits.float() / temperature, dim=-1)
+
+
+def inverse_cdf(log_probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """The token (B,) whose slice of the cumulative distribution (B, V) holds the uniform (B,).
+
+    The sum runs in float64. The token is the first whose cumulative weight exceeds u * total, so never one of
+    probability 0; rounding of u * total up to the total itself gives the last token that has any weight.
+    """
+    cumulative = log_probs.exp().cumsum(-1, dtype=torch.float64)
+    total = cumulative[:, -1:].contiguous()
+    token = torch.searchsorted(cumulative, uniform[:, None] * total, right=True)
+    last = torch.searchsorted(cumulative, total, right=False)
+    return torch.minimum(token, last)[:, 0]
+
+
+class TokenPolicy:
+    """A language model and its tokenizer: `sample` draws completions, `log_probs` scores them.
+
+    Both use the same temperature, the full vocabulary and float32 from the logits on.
+    """
+
+    drop_below = 0.9  # compact the batch once fewer rows than this are still decoding
+
+    def __init__(self, model: Llama, tokenizer, temperature: float = 1.0, end_ids: Sequence[int] = ()):
+        self.model, self.tokenizer, self.temperature = model, tokenizer, temperature
+        self.end_ids = sorted({tokenizer.eos_token_id, *end_ids} - {None})
+        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end_ids[0]
+
+    @property
+    def chat(self) -> bool:
+        return self.tokenizer.chat_template is not None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def encode(self, prompts: list[str | list[dict]]) -> list[list[int]]:
+        """Token ids of plain prompts, or of message lists through the chat template; raises UserError."""
+        encoded = []
+        for prompt in prompts:
+            text = prompt
+            if not isinstance(prompt, str):
+                text = self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+            ids = self.tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"]
+            unknown = self.tokenizer.unk_token_id
+            if unknown in ids and unknown is not None:
+                encoding = self.tokenizer(text, return_offsets_mapping=True)
+                spans = zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
+                strange = sorted({text[start:end] for i, (start, end) in spans if i == unknown})
+                shown = printable(" ".join(strange))
+                raise UserError(f"question {printable(text)!r}: the tokenizer does not know {shown}; leave it out")
+            if not ids:
+                raise UserError("the question is empty; ask something, as in 'What is (4 - 9) * 6?'")
+            encoded.append(ids)
+        return encoded
+
+    def pack(self, prompts: list[list[int]], completions: list[list[int]], texts: list[str]) -> Rollout:
+        """A rollout of given completions (ids, each with its end token), one for each prompt, on the device."""
+        length, width = max(map(len, prompts)), max(map(len, completions))
+        rollout = Rollout(
+            prompts=torch.tensor([[self.pad_id] * (length - len(ids)) + ids for ids in prompts]),
+            prompt_mask=torch.tensor([[False] * (length - len(ids)) + [True] * len(ids) for ids in prompts]),
+            group=torch.arange(len(prompts)),
+            actions=torch.tensor([ids + [self.pad_id] * (width - len(ids)) for ids in completions]),
+            mask=torch.tensor([[True] * len(ids) + [False] * (width - len(ids)) for ids in completions]),
+            sampler_logp=torch.zeros(len(completions), width),
+            truncated=torch.tensor([ids[-1] not in self.end_ids for ids in completions]),
+            texts=texts,
+        )
+        return on_device(rollout, self.device)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        examples: Sequence[Example],
+        group_size: int,
+        key: Sequence[int],
+        max_new_tokens: int,
+        greedy: bool = False,
+        first: int = 0,
+    ) -> Rollout:
+        """Draw `group_size` completions of each example; key is (seed, step, draw), `first` the first prompt's number.
+
+        Each prompt is prefilled once and its cache repeated for its group. Greedy takes the likeliest token and ignores
+        the temperature.
+        """
+        encoded = self.encode([example.prompt for example in examples])
+        packed = self.pack(encoded, [[self.pad_id]] * len(encoded), [""] * len(encoded))
+        group = packed.group.repeat_interleave(group_size)
+        cache = Cache(self.model.config.num_hidden_layers)
+        prompt = self.prompt_inputs(packed)
+        hidden = self.model(packed.prompts, **prompt, cache=cache)[group, -1]  # (B, C)
+        cache = cache.select(group, room=max_new_tokens - 1)
+        key_mask = None if prompt["key_mask"] is None else packed.prompt_mask[group]
+        uniforms = row_uniforms(key, range(first, first + len(encoded)), group_size, max_new_tokens).to(self.device)
+        choose = (lambda log_probs, _: log_probs.argmax(-1)) if greedy else inverse_cdf
+        actions, mask, logp = self.decode(hidden, cache, packed.prompt_mask.sum(1)[group], key_mask, uniforms, choose)
+        width = int(mask.sum(1).max())
+        actions, mask, logp = actions[:, :width], mask[:, :width], logp[:, :width]
+        last = actions.gather(1, mask.sum(1, keepdim=True) - 1)[:, 0]
+        truncated = ~torch.isin(last, torch.tensor(self.end_ids, device=self.device))
+        rollout = dataclasses.replace(
+            packed, group=group, actions=actions, mask=mask, sampler_logp=logp, truncated=truncated
+        )
+        rollout.texts = self.tokenizer.batch_decode(rollout.completion_ids, skip_special_tokens=True)
+        return rollout
+
+    def decode(self, hidden, cache: Cache, positions, key_mask, uniforms, choose: Callable):
+        """Decode up to T tokens for each row: ids (B, T), mask (B, T), log-probabilities (B, T) float32.
+
+        `hidden` (B, C) predicts the first token, which stands at `positions` (B,); `choose` turns log-probabilities
+        (rows, V) and uniforms (rows,) into tokens. Ended rows are dropped from the batch, a tenth of it at a time.
+        """
+        actions = torch.full(uniforms.shape, self.pad_id, device=self.device)
+        mask = torch.zeros_like(actions, dtype=torch.bool)
+        logp = torch.zeros(actions.shape, device=self.device)
+        ends = torch.tensor(self.end_ids, device=self.device)
+        rows = torch.arange(len(actions), device=self.device)  # the rows that are still in the batch
+        going = torch.ones_like(rows, dtype=torch.bool)  # those of them that have not ended
+        for t in range(actions.shape[1]):
+            distribution = log_distribution(self.model.logits(hidden), self.temperature)
+            token = choose(distribution, uniforms[rows, t])
+            actions[rows[going], t], mask[rows[going], t] = token[going], True
+            logp[rows[going], t] = distribution.gather(1, token[:, None])[going, 0]
+            going &= ~torch.isin(token, ends)
+            if t + 1 == actions.shape[1] or not going.any():
+                return actions, mask, logp
+            if going.sum() < self.drop_below * len(going):
+                keep = going.nonzero()[:, 0]
+                rows, token, positions, going = rows[keep], token[keep], positions[keep], going[keep]
+                cache, key_mask = cache.select(keep), None if key_mask is None else key_mask[keep]
+            if key_mask is not None:
+                key_mask = torch.cat([key_mask, torch.ones_like(key_mask[:, :1])], 1)
+            hidden = self.model(token[:, None], positions[:, None], cache, key_mask)[:, 0]
+            positions = positions + 1
+
+    def log_probs(self, rollout: Rollout, share_prompts: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities (B, T) float32 of the sampled ids, differentiable, and exact entropies (B, T) in nats.
+
+        Both are 0 at padding. The entropy carries no gradient. With `share_prompts`, groups of several rows take one
+        pass over the prompt and one over the completions; otherwise prompt and completion go in one uncached pass.
+        """
+        shared = share_prompts and len(rollout.group) > len(rollout.prompts)
+        hidden = (self.shared_hidden if shared else self.joined_hidden)(rollout)  # (B, T, C)
+        distribution = log_distribution(self.model.logits(hidden[rollout.mask]), self.temperature)  # (tokens, V)
+        picked = distribution.gather(1, rollout.actions[rollout.mask][:, None])[:, 0]
+        blank = torch.zeros(rollout.actions.shape, device=picked.device)
+        logp = blank.masked_scatter(rollout.mask, picked)
+        with torch.no_grad():
+            entropy = blank.masked_scatter(rollout.mask, torch.special.entr(distribution.exp()).sum(-1))
+        return logp, entropy
+
+    def prompt_inputs(self, rollout: Rollout) -> dict[str, torch.Tensor | None]:
+        """Positions that count real tokens only, and the padding mask where there is padding."""
+        positions = (rollout.prompt_mask.cumsum(1) - 1).clamp(min=0)
+        return {"positions": positions, "key_mask": None if rollout.prompt_mask.all() else rollout.prompt_mask}
+
+    def completion_inputs(self, rollout: Rollout) -> dict[str, torch.Tensor | None]:
+        """The same for all completion tokens but the last, which predicts nothing: (B, T - 1) and (B, L + T - 1)."""
+        offsets = torch.arange(rollout.actions.shape[1] - 1, device=rollout.actions.device)
+        positions = rollout.prompt_mask.sum(1)[rollout.group, None] + offsets
+        real = rollout.prompt_mask[rollout.group]
+        key_mask = None if real.all() else torch.cat([real, torch.ones_like(positions, dtype=torch.bool)], 1)
+        return {"positions": positions, "key_mask": key_mask}
+
+    def shared_hidden(self, rollout: Rollout) -> torch.Tensor:
+        """Hidden states (B, T, C) that predict the completion: each prompt once, then its rows against its cache."""
+        cache = Cache(self.model.config.num_hidden_layers)
+        last = self.model(rollout.prompts, **self.prompt_inputs(rollout), cache=cache)[:, -1:][rollout.group]
+        if rollout.actions.shape[1] == 1:
+            return last
+        cache = cache.select(rollout.group)
+        rest = self.model(rollout.actions[:, :-1], **self.completion_inputs(rollout), cache=cache)
+        return torch.cat([last, rest], 1)
+
+    def joined_hidden(self, rollout: Rollout) -> torch.Tensor:
+        """The same hidden states from one uncached pass over prompt and completion together."""
+        prompt, completion = self.prompt_inputs(rollout), self.completion_inputs(rollout)
+        ids = torch.cat([rollout.prompts[rollout.group], rollout.actions[:, :-1]], 1)
+        positions = torch.cat([prompt["positions"][rollout.group], completion["positions"]], 1)
+        hidden = self.model(ids, positions, key_mask=completion["key_mask"])
+        return hidden[:, rollout.prompts.shape[1] - 1 :]
+
+
+def on_device(rollout: Rollout, device: torch.device) -> Rollout:
+    """The rollout with every tensor on `device`."""
+    tensors = {name: value.to(device) for name, value in vars(rollout).items() if torch.is_tensor(value)}
+    return dataclasses.replace(rollout, **tensors)
+
+
+# --- Checkpoints and run folders ------------------------------------------------------------------------------------
+
+
+def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make the file under another name, then fsync and rename it: there is never half a file at `path`."""
+    partial = path.with_name(f".{path.name}.partial")
+    write(partial)
+    with open(partial, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def write_json(path: Path, value: dict) -> None:
+    atomic_write(path, lambda partial: partial.write_text(json.dumps(value, indent=2) + "\n"))
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in a file; raises UserError."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); restore the file or make the run again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} does not hold a JSON object; restore the file or make the run again")
+    return value
+
+
+def save_weights(path: Path, model: Llama) -> None:
+    """Write the weights as safetensors; a tied output layer is left out, as `transformers` does."""
+    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del weights["lm_head.weight"]
+    atomic_write(path, lambda partial: save_file(weights, partial, metadata={"format": "pt"}))
+
+
+def load_weights(path: Path, model: Llama) -> None:
+    """Read weights written by `save_weights` into the model; raises UserError for a file that does not fit."""
+    weights = load_tensors(path)
+    if model.config.tie_word_embeddings:
+        weights["lm_head.weight"] = weights.get("model.embed_tokens.weight", torch.empty(0))
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"{path} does not fit its config.json ({error}); restore the checkpoint") from error
+
+
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file; raises UserError."""
+    try:
+        return load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{path} cannot be read ({error}); restore the file or make the run again") from error
+
+
+def save(policy: TokenPolicy, folder: Path) -> None:
+    """Write a standard checkpoint: config.json, generation_config.json, tokenizer files, model.safetensors last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    policy.tokenizer.save_pretrained(folder)
+    ends = policy.end_ids if len(policy.end_ids) > 1 else policy.end_ids[0]
+    ids = {"eos_token_id": ends, "pad_token_id": policy.pad_id, "bos_token_id": policy.tokenizer.bos_token_id}
+    write_json(folder / "config.json", policy.model.config.to_json() | ids)
+    write_json(folder / "generation_config.json", {"do_sample": True} | ids)
+    save_weights(folder / "model.safetensors", policy.model)
+
+
+def load(folder: str | Path, device: torch.device, temperature: float = 1.0) -> TokenPolicy:
+    """The policy in a checkpoint folder, in float32; raises UserError naming the file that is missing or damaged."""
+    folder = Path(folder)
+    if not folder.is_dir() or not any(folder.iterdir()):
+        mend = f"make one with: python grpo.py --task arithmetic --out {folder}"
+        raise UserError(f"--model: no saved model in {str(folder)!r}; {mend}")
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise UserError(f"--model: {folder} lacks {name}; restore the file or make the run again")
+    values = read_json(folder / "config.json")
+    try:
+        model = Llama(LlamaConfig.from_json(values))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{folder / 'config.json'}: {error}") from error
+    load_weights(folder / "model.safetensors", model)
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises a bare Exception for a damaged file
+        raise UserError(f"{folder / 'tokenizer.json'} cannot be read ({error}); restore the file") from error
+    generation = folder / "generation_config.json"
+    sources = [values, read_json(generation) if generation.is_file() else {}]
+    ends = [source.get("eos_token_id") for source in sources]
+    ends = [i for end in ends for i in (end if isinstance(end, list) else [end]) if i is not None]
+    return TokenPolicy(model.to(device), tokenizer, temperature, ends)
+
+
+def start_run(folder: str, settings: dict, overwrite: bool, **more) -> Path:
+    """Make a run folder with its run.json; raises UserError if it already holds a run and may not be overwritten."""
+    out = Path(folder)
+    if not overwrite and any((out / name).exists() for name in ("run.json", "config.json", "metrics.jsonl")):
+        raise UserError(f"--out: {folder!r} already holds a run; --resume continues it, --overwrite replaces it")
+    for name in ("metrics.jsonl", "samples.jsonl", "evaluation.json"):
+        (out / name).unlink(missing_ok=True)
+    shutil.rmtree(out / "resume", ignore_errors=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: {folder!r} cannot be made ({error.strerror}); name another folder") from error
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")}
+    machine = {"python": sys.version.split()[0], "threads": torch.get_num_threads(), "git_commit": commit}
+    write_json(out / "run.json", {"settings": settings, **more, "versions": versions, **machine})
+    return out
+
+
+def append_json(path: Path, *values: dict) -> None:
+    """Append a line of JSON for each value."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(value) + "\n" for value in values)
+
+
+def save_state(out: Path, step: int, model: Llama, optimizer: torch.optim.Optimizer, progress: dict) -> None:
+    """Write all that continuing after `step` needs to out/resume/STEP, then point to it; the newest two stay.
+
+    The folder is written under another name and renamed, so that a state is there whole or not at all. Randomness is a
+    function of seed and step, so no generator's state is among it. The best checkpoint so far is kept by a hard link.
+    """
+    folder, partial = out / "resume" / f"{step:06d}", out / "resume" / ".partial"
+    for old in (folder, partial):
+        shutil.rmtree(old, ignore_errors=True)
+    partial.mkdir(parents=True)
+    names = [name for name, _ in model.named_parameters()]
+    moments = {f"{names[i]} {key}": x for i, s in optimizer.state_dict()["state"].items() for key, x in s.items()}
+    save_weights(partial / "weights.safetensors", model)
+    atomic_write(partial / "optimizer.safetensors", lambda path: save_file(moments, path))
+    write_json(partial / "progress.json", progress)
+    if (out / "model.safetensors").exists():
+        os.link(out / "model.safetensors", partial / "best.safetensors")
+    os.replace(partial, folder)
+    atomic_write(out / "resume" / "latest", lambda path: path.write_text(folder.name))
+    for old in sorted(path for path in (out / "resume").iterdir() if path.is_dir())[:-2]:
+        shutil.rmtree(old)
+
+
+def load_state(out: Path, model: Llama, optimizer: torch.optim.Optimizer) -> dict:
+    """Restore the newest saved state and return its progress; metrics and samples after it are cut off."""
+    pointer = out / "resume" / "latest"
+    if not pointer.is_file():
+        raise UserError(f"--resume: {out} holds no saved state; start the run again with --overwrite")
+    folder = out / "resume" / pointer.read_text().strip()
+    load_weights(folder / "weights.safetensors", model)
+    moments = load_tensors(folder / "optimizer.safetensors")
+    state = optimizer.state_dict()
+    for i, (name, _) in enumerate(model.named_parameters()):
+        keys = [key for key in moments if key.rpartition(" ")[0] == name]
+        state["state"][i] = {key.rpartition(" ")[2]: moments[key] for key in keys}
+    optimizer.load_state_dict(state)
+    progress = read_json(folder / "progress.json")
+    if (folder / "best.safetensors").exists():
+        atomic_write(out / "model.safetensors", lambda path: shutil.copyfile(folder / "best.safetensors", path))
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        lines = (out / name).read_text(encoding="utf-8").splitlines(keepends=True) if (out / name).exists() else []
+        kept = "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= progress["step"])
+        atomic_write(out / name, lambda path, kept=kept: path.write_text(kept, encoding="utf-8"))
+    return progress
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` takes cuda, then mps, then cpu; raises UserError for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device: {name!r} is not here; leave the flag out, or use cpu") from error
+    return device
+
+
+# --- Evaluation -----------------------------------------------------------------------------------------------------
+
+
+def wilson(right: float, total: int) -> tuple[float, float]:
+    """Wilson's 95 % score interval for a proportion (Wilson 1927)."""
+    z = statistics.NormalDist().inv_cdf(0.975)
+    share = right / total
+    centre = share + z * z / (2 * total)
+    spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    return (centre - spread) / (1 + z * z / total), (centre + spread) / (1 + z * z / total)
+
+
+def pass_at_k(total: int, right: int, k: int) -> float:
+    """Probability that k of `total` samples, `right` of them correct, hold a correct one (Codex, arXiv 2107.03374)."""
+    return 1 - math.comb(total - right, k) / math.comb(total, k)
+
+
+def bootstrap(values: np.ndarray, draws: int = 1000) -> tuple[float, float]:
+    """95 % percentile interval of the mean over problems, resampled with a fixed seed."""
+    rng = np.random.default_rng(0)
+    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(draws)]
+    return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
+
+
+def evaluate(
+    policy: TokenPolicy,
+    task: Task,
+    examples: list[Example],
+    max_new_tokens: int,
+    samples: int = 0,
+    seed: int = 0,
+    batch_rows: int = 512,
+) -> dict[str, float]:
+    """Greedy accuracy with its interval, and with `samples` > 0 accuracy and pass@k at the policy's temperature."""
+    functions = {"accuracy": task.accuracy, **task.metrics}
+
+    def measure(group_size: int, greedy: bool) -> tuple[dict[str, float], np.ndarray]:
+        """Mean of every measure, and how many completions of each problem are right."""
+        table: dict[str, list[float]] = {name: [] for name in (*functions, "length", "truncated")}
+        size = max(1, batch_rows // group_size)
+        for start in range(0, len(examples), size):
+            part = examples[start : start + size]
+            rollout = policy.sample(part, group_size, (seed, 0, 0), max_new_tokens, greedy=greedy, first=start)
+            rows = [example for example in part for _ in range(group_size)]
+            for name, function in functions.items():
+                table[name] += apply_reward(name, function, rows, rollout)
+            table["length"] += rollout.mask.sum(1).tolist()
+            table["truncated"] += rollout.truncated.tolist()
+        right = np.array(table["accuracy"]).reshape(-1, group_size).sum(1)
+        return {name: statistics.fmean(values) for name, values in table.items()}, right
+
+    means, right = measure(1, greedy=True)
+    low, high = wilson(right.sum(), len(examples))
+    result = {"problems": len(examples), "accuracy_low": low, "accuracy_high": high, **means}
+    if samples:
+        means, right = measure(samples, greedy=False)
+        result |= {f"sampled_{name}": value for name, value in means.items()}
+        for k in (2**i for i in range(samples.bit_length())):
+            passed = np.array([pass_at_k(samples, int(count), k) for count in right])
+            name = "sampled_accuracy" if k == 1 else f"pass@{k}"
+            result[name] = float(passed.mean())
+            result[f"{name}_low"], result[f"{name}_high"] = bootstrap(passed)
+    return result
+
+
+# --- Command line ---------------------------------------------------------------------------------------------------
+
+
+def option(default, text: str):
+    """A field of a settings class with its one sentence of help."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+def parser_for(settings: type, description: str):
+    """An argument parser with a flag per field of a settings class, whose mistakes are one line and exit status 2."""
+    from transformers import HfArgumentParser
+
+    class Parser(HfArgumentParser):
+        def error(self, message):
+            self.exit(2, f"{self.prog}: error: {message}; --help lists the flags\n")
+
+    return Parser(settings, description=description, allow_abbrev=False)
+
+
+def require_positive(settings, *names: str) -> None:
+    """Raise UserError for the first of these settings that is not above zero."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not value > 0:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be above 0")
+
+
+def run_main(main: Callable[[], int | None]) -> None:
+    """Run a command: mistakes become one line on stderr and exit status 2, an interrupt its usual status."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a terminal without the character must not stop a run
+    program = Path(sys.argv[0]).name
+    try:
+        sys.exit(main())
+    except UserError as error:
+        message = " ".join(str(error).split())
+        status = 2
+    except KeyboardInterrupt:
+        message, status = "interrupted", 128 + signal.SIGINT
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        message = "out of memory; lower --micro-batch-tokens, then --batch-size or --num-generations"
+        status = 2
+    print(f"{program}: error: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+def printable(text: str) -> str:
+    """The text with control, format and other invisible characters escaped, line breaks kept: safe for a terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+@dataclass(frozen=True)
+class InferenceConfig:
+    """Settings of `inference.py`."""
+
+    model: list[str] = option(["saved_model"], "Checkpoint folders; several are shown side by side.")
+    samples: int = option(1, "Completions to draw for each question.")
+    temperature: float | None = option(
+        None, "Sampling temperature; 0 is greedy. Default: 0 for one completion, else 1."
+    )
+    max_new_tokens: int | None = option(None, "Longest completion, in tokens. Default: the task's.")
+    eval: bool = option(False, "Evaluate on the held-out problems of --task instead of answering a question.")
+    task: str = option("arithmetic", "Task whose question format and held-out problems are used.")
+    limit: int | None = option(None, "Evaluate on the first so many problems only.")
+    seed: int = option(0, "Seed of the sampler.")
+    device: str = option("auto", "Device: auto, cuda, mps or cpu.")
+
+    def __post_init__(self):
+        require_positive(self, "samples", "max_new_tokens", "limit")
+        if self.temperature is not None and not 0 <= self.temperature < math.inf:
+            raise UserError(f"--temperature is {self.temperature}; it must be 0 or above")
+        if self.seed < 0:
+            raise UserError(f"--seed is {self.seed}; it must be 0 or above")
+
+
+def show_answer(text: str) -> str:
+    """A completion for the terminal: the working, an arrow, the answer."""
+    answer = extract_answer(text)
+    if answer is None:
+        return f"{printable(text)}  (no <answer>...</answer> at the end)"
+    working = text.partition("<answer>")[0].strip()
+    return printable(f"{working}  →  {answer}" if working else f"→  {answer}")
+
+
+def answer_question(config: InferenceConfig, question: str, policies: dict[str, TokenPolicy]) -> None:
+    task = find_task(config.task)
+    greedy = config.temperature == 0 or (config.temperature is None and config.samples == 1)
+    for name, policy in policies.items():
+        example = Example(question)
+        example = as_chat(task, example) if policy.chat else example
+        width = config.max_new_tokens or task.max_new_tokens
+        rollout = policy.sample([example], config.samples, (config.seed, 0, 0), width, greedy=greedy)
+        if len(policies) > 1:
+            print(f"{name}:")
+        for text in rollout.texts:
+            print(show_answer(text))
+
+
+def compare(config: InferenceConfig, policies: dict[str, TokenPolicy]) -> None:
+    """Evaluate each policy on the held-out problems and print a table."""
+    task = find_task(config.task)
+    results = {}
+    for name, policy in policies.items():
+        examples = load_task(task, policy.chat)["held_out"][: config.limit]
+        width = config.max_new_tokens or task.max_new_tokens
+        samples = config.samples if config.samples > 1 else 4
+        results[name] = evaluate(policy, task, examples, width, samples, config.seed)
+    print(results_table(results))
+
+
+def results_table(results: dict[str, dict[str, float]]) -> str:
+    """Evaluation results as text, a line per measure and a column per policy, with the 95 % intervals."""
+
+    def cell(result: dict[str, float], key: str) -> str:
+        if key == "problems" or key.endswith("length"):
+            return f"{result[key]:.4g}"
+        interval = f" [{result[f'{key}_low']:.1%}, {result[f'{key}_high']:.1%}]" if f"{key}_low" in result else ""
+        return f"{result[key]:.1%}{interval}"
+
+    keys = [key for key in next(iter(results.values())) if key != "step" and not key.endswith(("_low", "_high"))]
+    names = [key if key.startswith(("problems", "sampled", "pass")) else f"greedy {key}" for key in keys]
+    columns = [["", *names]] + [[name, *(cell(result, key) for key in keys)] for name, result in results.items()]
+    widths = [max(map(len, column)) for column in columns]
+    lines = zip(*columns, strict=True)
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip().replace("_", " ") for line in lines)
+
+
+def main() -> None:
+    parser = parser_for(InferenceConfig, "Ask a trained policy a question, or evaluate it on held-out problems.")
+    parser.add_argument(
+        "question", nargs="?", help="The question; without it, one question a line from standard input."
+    )
+    arguments = vars(parser.parse_args())
+    question = arguments.pop("question")
+    config = InferenceConfig(**arguments)
+    device = choose_device(config.device)
+    find_task(config.task)
+    temperature = config.temperature or 1.0
+    policies = {name: load(name, device, temperature) for name in config.model}
+    if config.eval:
+        compare(config, policies)
+        return
+    if question is None and sys.stdin.isatty():
+        print("Type a question, such as: What is (4 - 9) * 6?  (end with Ctrl-D)", file=sys.stderr)
+    for line in [question] if question is not None else map(str.strip, sys.stdin):
+        answer_question(config, line, policies)
+
+
+if __name__ == "__main__":
+    run_main(main)
