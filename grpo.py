@@ -22,7 +22,6 @@ Rewards and advantages are (P, G) until the update; tokens are (B, T).
 import copy
 import dataclasses
 import shlex
-import signal
 import statistics
 import sys
 import time
@@ -37,6 +36,7 @@ from tqdm import tqdm
 import plot_metrics
 import sft
 from inference import (
+    Interrupt,
     Rollout,
     TokenPolicy,
     append_json,
@@ -46,7 +46,7 @@ from inference import (
     load_state,
     micro_batches,
     option,
-    parser_for,
+    parse_settings,
     printable,
     read_json,
     require_positive,
@@ -82,7 +82,7 @@ class GRPOConfig:
     out: str = option("saved_model", "Run folder: best checkpoint, metrics, samples, figures, states to resume from.")
     seed: int = option(0, "Seed of prompts and sampling (and of the toy's fine-tuning); never of the split.")
     device: str = option("auto", "Device: auto, cuda, mps or cpu.")
-    steps: int = option(30, "Steps; one step is one rollout.")
+    steps: int = option(40, "Steps; one step is one rollout.")
     batch_size: int = option(32, "Prompts in one step (P).")
     num_generations: int = option(16, "Completions of each prompt (G).")
     num_inner_updates: int = option(1, "Optimizer steps on each rollout.")
@@ -98,7 +98,9 @@ class GRPOConfig:
     max_new_tokens: int | None = option(None, "Longest completion, in tokens. Default: the task's.")
     rewards: str | None = option(None, "NAME=WEIGHT,... or FILE.py:FUNCTION=WEIGHT. Default: the task's mix.")
     eval_every: int = option(5, "Evaluate on the validation problems every so many steps.")
-    patience: int | None = option(None, "Stop after so many evaluations without a better validation accuracy.")
+    patience: int | None = option(
+        None, "Stop after so many evaluations without a better validation accuracy (sampled)."
+    )
     kl_limit: float | None = option(None, "Stop when the KL towards the reference, in nats per token, exceeds this.")
     save_every: int = option(10, "Save the state to resume from every so many steps.")
     resume: bool = option(False, "Continue the run in --out from its newest saved state.")
@@ -210,6 +212,19 @@ def compute_rewards(
     return total, means
 
 
+def descend(policy: TokenPolicy, optimizer: torch.optim.Optimizer, loss: float, largest: float) -> float:
+    """Take an optimizer step along the clipped gradient and return its norm before clipping.
+
+    Raises FloatingPointError, before the optimizer moves, if the loss or the gradient is not finite.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), largest).item()
+    if not np.isfinite(loss + norm):
+        raise FloatingPointError(f"loss {loss}, gradient norm {norm}")
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
 def update(
     policy: TokenPolicy,
     reference: TokenPolicy | None,
@@ -220,7 +235,7 @@ def update(
 ) -> dict[str, float]:
     """Score a rollout under the reference and take the inner updates on it; returns the metrics.
 
-    advantages (B,). Raises FloatingPointError, before the optimizer moves, if a loss or gradient is not finite.
+    advantages (B,).
     """
     start = time.perf_counter()
     batches = micro_batches(rollout, config.micro_batch_tokens)
@@ -250,11 +265,7 @@ def update(
             losses[-1] += loss.item()
             ratio_max = max(ratio_max, stats.pop("ratio_max").item())
             sums.update({name: value.item() for name, value in stats.items()} | {"entropy": entropy.sum().item()})
-        norms.append(torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.clip_grad_norm).item())
-        if not np.isfinite(losses[-1] + norms[-1]):
-            raise FloatingPointError(f"loss {losses[-1]}, gradient norm {norms[-1]}")
-        optimizer.step()
-        optimizer.zero_grad()
+        norms.append(descend(policy, optimizer, losses[-1], config.clip_grad_norm))
     tokens = sums.pop("tokens")
     return {
         **{name: value / tokens for name, value in sums.items()},
@@ -308,25 +319,6 @@ class Progress:
     best_accuracy: float = -1.0
     stale: int = 0  # evaluations since the best one
     warned: list[str] = dataclasses.field(default_factory=list)
-
-
-class Interrupt:
-    """Notes SIGINT and SIGTERM, so that the loop can finish its step and save; a second one acts at once."""
-
-    def __enter__(self):
-        self.signal, self.previous = 0, {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.previous[number] = signal.signal(number, self.note)
-        return self
-
-    def note(self, number, frame):
-        self.signal = number
-        tqdm.write("finishing the step, then saving; once more stops at once", file=sys.stderr)
-        self.__exit__()
-
-    def __exit__(self, *_):
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
 
 
 @dataclass
@@ -404,25 +396,27 @@ def train_step(run: Run, step: int) -> dict[str, float]:
 
 
 def validate(run: Run, step: int, bar: tqdm) -> dict[str, float]:
-    """Evaluate on the validation problems, keep the best checkpoint, and show the same three questions each time."""
+    """Evaluate on the validation problems, keep the best checkpoint, and show the same three questions each time.
+
+    The best is the one that is right most often when sampled, as it is trained: greedy accuracy is high long before
+    the policy has made up its mind.
+    """
     config, progress, examples = run.config, run.progress, run.data["validation"]
-    result = evaluate(run.policy, run.task, examples, run.max_new_tokens, samples=1, seed=config.seed)
-    progress.stale = 0 if result["accuracy"] > progress.best_accuracy else progress.stale + 1
-    if result["accuracy"] >= progress.best_accuracy:  # of equals the latest, which had the most training
-        progress.best_step, progress.best_accuracy = step, result["accuracy"]
+    result = evaluate(run.policy, run.task, examples, run.max_new_tokens, samples=2, seed=config.seed)
+    progress.stale += 1
+    if result["sampled_accuracy"] > progress.best_accuracy:
+        progress.best_step, progress.best_accuracy, progress.stale = step, result["sampled_accuracy"], 0
         save(run.policy, run.out)
     shown = examples[:3]
     rollout = run.policy.sample(shown, 1, (config.seed, 0, 0), run.max_new_tokens)
     rewards = compute_rewards(run.mix, shown, rollout, 1)[0][:, 0].tolist()
-    bar.write(f"step {step}: validation accuracy {result['accuracy']:.1%} (greedy); sampled completions:")
+    accuracies = f"{result['accuracy']:.1%} greedy, {result['sampled_accuracy']:.1%} sampled"
+    bar.write(f"step {step}: validation accuracy {accuracies}; the same three questions, sampled:")
     for example, text, reward in zip(shown, rollout.texts, rewards, strict=True):
         line = {"step": step, "prompt": example.prompt, "completion": text, "reward": reward}
         append_json(run.out / "samples.jsonl", line)
-        question = example.prompt if isinstance(example.prompt, str) else example.prompt[-1]["content"]
-        bar.write(f"  {printable(question)}  {printable(text)}  reward {reward:.1f}")
-    names = ("accuracy", "accuracy_low", "accuracy_high", "sampled_accuracy", *run.task.metrics)
-    names += tuple(f"sampled_{name}" for name in run.task.metrics)
-    return {f"validation_{name}": result[name] for name in names}
+        bar.write(f"  {printable(example.question)}  {printable(text)}  reward {reward:.1f}")
+    return {f"validation_{name}": value for name, value in result.items()}
 
 
 def save_progress(run: Run) -> None:
@@ -495,27 +489,11 @@ def report(run: Run) -> None:
     print(results_table({f"{name} (step {result['step']})": result for name, result in results.items()}))
     figures = plot_metrics.plot([out], out)
     print(f"\nbest checkpoint and metrics: {out}   figures: {', '.join(map(str, figures))}")
-    where = "" if config.out == GRPOConfig.out else f" --model {config.out}"
-    print(f'Next: python inference.py "What is (4 - 9) * 6?"{where}')
-
-
-def parse_settings() -> GRPOConfig:
-    """Settings from the command line; with --resume, those of the run folder, which flags may change in part."""
-    parser = parser_for(GRPOConfig, "Train a policy with GRPO.")
-    arguments = parser.parse_args()
-    if arguments.resume:
-        path = Path(arguments.out) / "run.json"
-        if not path.is_file():
-            raise UserError(f"--resume: {arguments.out!r} holds no run; leave out --resume to start one")
-        stored = read_json(path)["settings"]
-        parser.set_defaults(**stored | {"resume": True, "overwrite": False})
-        arguments = parser.parse_args()
-        fixed = stored.keys() - MAY_CHANGE
-        changed = sorted(name for name in fixed if getattr(arguments, name) != stored[name])
-        if changed:
-            old = ", ".join(f"--{name.replace('_', '-')} {stored[name]}" for name in changed)
-            raise UserError(f"--resume: the run in {arguments.out!r} was made with {old}; leave the flag out")
-    return GRPOConfig(**vars(arguments))
+    start = config.model or str(out / "base")
+    print(f"""Next:
+  python inference.py {shlex.quote(held_out[0].question)} --model {config.out}
+  python inference.py {shlex.quote(held_out[0].question)} --model {start} {config.out} --samples 4
+  python grpo.py --task {config.task} --model {start} --out another_run --rewards answer_exact=1""")
 
 
 # What --resume may change; everything else is part of what the run is.
@@ -526,7 +504,7 @@ MAY_CHANGE = {
 
 
 def main() -> None:
-    config = parse_settings()
+    config = parse_settings(GRPOConfig, "Train a policy with GRPO.", MAY_CHANGE)
     start = time.perf_counter()
     report(train(config))
     print(f"{time.perf_counter() - start:.0f} s in all")

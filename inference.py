@@ -22,6 +22,7 @@ import numpy as np
 import safetensors
 import torch
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 from model_toy import Cache, Llama, LlamaConfig
 from rewards import UserError, apply_reward, extract_answer
@@ -374,10 +375,10 @@ def load(folder: str | Path, device: torch.device, temperature: float = 1.0) -> 
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise UserError(f"--model: {folder} lacks {name}; restore the file or make the run again")
-    values = read_json(folder / "config.json")
+    values, _ = read_json(folder / "config.json"), read_json(folder / "tokenizer_config.json")
     try:
         model = Llama(LlamaConfig.from_json(values))
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (ArithmeticError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{folder / 'config.json'}: {error}") from error
     load_weights(folder / "model.safetensors", model)
     from transformers import AutoTokenizer
@@ -398,13 +399,13 @@ def start_run(folder: str, settings: dict, overwrite: bool, **more) -> Path:
     out = Path(folder)
     if not overwrite and any((out / name).exists() for name in ("run.json", "config.json", "metrics.jsonl")):
         raise UserError(f"--out: {folder!r} already holds a run; --resume continues it, --overwrite replaces it")
-    for name in ("metrics.jsonl", "samples.jsonl", "evaluation.json"):
-        (out / name).unlink(missing_ok=True)
-    shutil.rmtree(out / "resume", ignore_errors=True)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out: {folder!r} cannot be made ({error.strerror}); name another folder") from error
+    for name in ("metrics.jsonl", "samples.jsonl", "evaluation.json"):
+        (out / name).unlink(missing_ok=True)
+    shutil.rmtree(out / "resume", ignore_errors=True)
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")}
@@ -486,7 +487,8 @@ def wilson(right: float, total: int) -> tuple[float, float]:
     share = right / total
     centre = share + z * z / (2 * total)
     spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    return (centre - spread) / (1 + z * z / total), (centre + spread) / (1 + z * z / total)
+    low, high = (centre - spread) / (1 + z * z / total), (centre + spread) / (1 + z * z / total)
+    return max(low, 0.0), min(high, 1.0)  # rounding may step over an end
 
 
 def pass_at_k(total: int, right: int, k: int) -> float:
@@ -563,12 +565,49 @@ def parser_for(settings: type, description: str):
     return Parser(settings, description=description, allow_abbrev=False)
 
 
+def parse_settings(settings: type, description: str, may_change: set[str]):
+    """Settings from the command line; with --resume, those of the run folder, of which flags may change some."""
+    parser = parser_for(settings, description)
+    arguments = parser.parse_args()
+    if arguments.resume:
+        path = Path(arguments.out) / "run.json"
+        if not path.is_file():
+            raise UserError(f"--resume: {arguments.out!r} holds no run; leave out --resume to start one")
+        stored = read_json(path)["settings"]
+        parser.set_defaults(**stored | {"resume": True, "overwrite": False})
+        arguments = parser.parse_args()
+        changed = sorted(name for name in stored.keys() - may_change if getattr(arguments, name) != stored[name])
+        if changed:
+            old = ", ".join(f"--{name.replace('_', '-')} {stored[name]}" for name in changed)
+            raise UserError(f"--resume: the run in {arguments.out!r} was made with {old}; leave the flag out")
+    return settings(**vars(arguments))
+
+
 def require_positive(settings, *names: str) -> None:
     """Raise UserError for the first of these settings that is not above zero."""
     for name in names:
         value = getattr(settings, name)
         if value is not None and not value > 0:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be above 0")
+
+
+class Interrupt:
+    """Notes SIGINT and SIGTERM, so that the loop can finish its step and save; a second one acts at once."""
+
+    def __enter__(self):
+        self.signal, self.previous = 0, {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.previous[number] = signal.signal(number, self.note)
+        return self
+
+    def note(self, number, frame):
+        self.signal = number
+        tqdm.write("finishing the step, then saving; once more stops at once", file=sys.stderr)
+        self.__exit__()
+
+    def __exit__(self, *_):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
 
 
 def run_main(main: Callable[[], int | None]) -> None:
@@ -579,7 +618,7 @@ def run_main(main: Callable[[], int | None]) -> None:
     try:
         sys.exit(main())
     except UserError as error:
-        message = " ".join(str(error).split())
+        message = printable(" ".join(str(error).split()))  # it may quote a completion
         status = 2
     except KeyboardInterrupt:
         message, status = "interrupted", 128 + signal.SIGINT
@@ -615,8 +654,8 @@ class InferenceConfig:
 
     def __post_init__(self):
         require_positive(self, "samples", "max_new_tokens", "limit")
-        if self.temperature is not None and not 0 <= self.temperature < math.inf:
-            raise UserError(f"--temperature is {self.temperature}; it must be 0 or above")
+        if self.temperature is not None and self.temperature != 0 and not 1e-3 <= self.temperature < math.inf:
+            raise UserError(f"--temperature is {self.temperature}; it must be 0 (greedy) or from 0.001 up")
         if self.seed < 0:
             raise UserError(f"--seed is {self.seed}; it must be 0 or above")
 

@@ -59,14 +59,16 @@ class LlamaConfig:
         for key, value in expected.items():
             if values.get(key, value) != value or "model_type" not in values:
                 raise ValueError(f"{key} is {values.get(key)!r}, this program computes {value!r} only")
-        rope = values.get("rope_parameters") or {}
-        if rope.get("rope_type", "default") != "default":
-            raise ValueError(f"rope_type is {rope['rope_type']!r}, this program computes 'default' only")
-        known = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
-        missing = [name for name in ("vocab_size", "hidden_size", "num_attention_heads") if name not in known]
+        rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        if rope_type != "default":
+            raise ValueError(f"rope_type is {rope_type!r}, this program computes 'default' only")
+        known = {name: value for name, value in (rope | values).items() if name in cls.__dataclass_fields__}
+        # The defaults of `transformers` differ from the toy's, so nothing that changes the numbers is guessed.
+        missing = [name for name in cls.__dataclass_fields__ if name not in known and name != "initializer_range"]
         if missing:
             raise ValueError(f"{', '.join(missing)} is missing")
-        config = cls(**{"rope_theta": rope.get("rope_theta", cls.rope_theta)} | known)
+        config = cls(**known)
         if (
             config.hidden_size % config.num_attention_heads
             or values.get("head_dim", config.head_dim) != config.head_dim

@@ -28,6 +28,8 @@ PANELS = {  # letter in the layout: title, metrics
     "C": ("clipped tokens", ["clip_low", "clip_high"]),
     "L": ("completion length (tokens)", ["length"]),
 }
+NAMES = {"accuracy": "sampled, training", "validation_accuracy": "greedy, validation"}  # in the legend, for a metric
+NAMES |= {"clip_low": "ratio too low", "clip_high": "ratio too high"}
 Run = namedtuple("Run", "metrics evaluation settings")  # [{metric: float}], dict, dict: the files of a run folder
 Band = namedtuple("Band", "steps mean sd n")  # arrays (S,) over seeds; n counts the runs with a finite value at a step
 
@@ -87,10 +89,10 @@ def metric(runs: list[Run], key: str, smooth: float = 0.0) -> Band:
     return over_seeds([(steps, ema(values, smooth)) for steps, values in series])
 
 
-def heading(runs: list[Run], band: Band) -> tuple[str, str]:
-    """Return what was trained, and what line and band stand for: early stops and gaps leave some steps fewer runs."""
+def heading(runs: list[Run], *bands: Band) -> tuple[str, str]:
+    """Return what was trained, and what lines and bands stand for: early stops and gaps leave some steps fewer runs."""
     names = {f"{run.settings.get('algorithm', 'GRPO').upper()} on {run.settings.get('task', 'a task')}" for run in runs}
-    count = "" if np.all((band.n == 0) | (band.n == len(runs))) else "up to "
+    count = "" if all(n in (0, len(runs)) for band in bands for n in band.n) else "up to "
     return " and ".join(sorted(names)), f"mean of {count}{len(runs)} runs, band ±1 sd" if len(runs) > 1 else "one run"
 
 
@@ -108,7 +110,7 @@ def training_figure(runs: list[Run], smooth: float) -> Figure:
     for letter, ax in figure.subplot_mosaic("RRAK;WECL").items():
         title, keys = PANELS[letter]
         for i, key in enumerate([*keys, *functions] if letter == "R" else keys):
-            raw, full, label = metric(runs, key), metric(runs, key, smooth), key.removeprefix("reward/")
+            raw, full, label = metric(runs, key), metric(runs, key, smooth), NAMES.get(key, key.removeprefix("reward/"))
             if key in functions or key.startswith("validation_"):
                 ax.plot(full.steps, full.mean, "-" if key in functions else "D", color=f"C{i}", label=label, lw=1, ms=4)
             else:  # with dots, since a line does not show a value between two gaps
@@ -130,32 +132,32 @@ def accuracy_figure(runs: list[Run]) -> Figure:
     """Return the figure of the result: validation accuracy and working by step, held-out accuracy before and after."""
     figure, end = Figure((8, 4.5), dpi=150), max(1, *(run.metrics[-1]["step"] for run in runs))
     ax = figure.add_axes((0.065, 0.115, 0.665, 0.705))
-    accuracy = metric(runs, "validation_accuracy")
-    curves = [(accuracy, "C0", "accuracy, greedy")]
+    curves = [(metric(runs, "validation_accuracy"), "C0", "accuracy, greedy")]
     curves += [(metric(runs, "validation_sampled_accuracy"), "C2", "accuracy, sampled")]
-    curves += [(metric(runs, "validation_sampled_working"), "C1", "show their working, sampled")]
-    labels, held_out, place = [], [], -0.1  # labels: (height, colour, text), written at the right edge
+    curves += [(metric(runs, "validation_sampled_working"), "C1", "show working, sampled")]
+    labels, held_out, gap, place = [], [], 0.11, -0.11  # labels: (height, colour, text), written at the right edge
     for band, colour, text in curves:
-        draw(ax, band, colour, linewidth=2, marker="o", markersize=3.5)
-        labels += [(height, colour, f"{height:.0%} {text}") for height in band.mean[np.isfinite(band.mean)][-1:]]
+        if band.n.any():  # a run made by an older program has fewer curves
+            draw(ax, band, colour, linewidth=2, marker="o", markersize=3.5)
+            labels.append((band.mean[-1], colour, f"{band.mean[-1]:.0%} {text}"))
     after = "best" if any("best" in run.evaluation for run in runs) else "last"
     for name, steps, line in (("base", [0, 1.05 * end], "--"), (after, [1.05 * end], "D")):
         values = [(run.evaluation.get(name) or {}).get("accuracy") for run in runs]
         _, (mean,), (sd,), (n,) = over_seeds([([0], np.array([value], float)) for value in values])
         if n:
             ax.errorbar(steps, [mean] * len(steps), sd, fmt=line, color="black")
-            spread, of = f" ± {sd:.1%}" if sd > 0 else "", f", {n} of {len(runs)} runs" if n < len(runs) else ""
+            spread, of = f" ± {sd:.1%}" if sd >= 5e-4 else "", f", {n} of {len(runs)} runs" if n < len(runs) else ""
             labels.append((mean, "black", f"{mean:.1%}{spread} held-out,\n{name} policy{of}"))
             held_out.append(f"{mean:.0%}")
-    for i, (height, colour, text) in enumerate(sorted(labels)):  # 0.1 apart, the highest beside the axes
-        place = min(max(height, place + 0.1), 1.1 - 0.1 * (len(labels) - i))
+    for i, (height, colour, text) in enumerate(sorted(labels), 1):  # a gap apart, the highest beside the axes
+        place = min(max(height, place + gap), 1 - gap * (len(labels) - i))
         ax.text(1.02, place, text, color=colour, va="center", transform=ax.transAxes)
     ax.set(xlim=(-0.02 * end, 1.08 * end), ylim=(0, 1.01), xlabel="step (one rollout)")
     ax.yaxis.set_major_formatter(PercentFormatter(1))
-    trained, seeds = heading(runs, accuracy)
-    result = f": {' → '.join(held_out)} of held-out problems solved" if len(held_out) == 2 else ""
-    figure.text(0.02, 0.93, trained + result, weight="bold", fontsize=12)
-    subtitle = f"lines: validation problems by step, {seeds}; black: held-out problems, greedy, before and after"
+    trained, seeds = heading(runs, *(band for band, _, _ in curves))
+    title = trained + (f": {' → '.join(held_out)} of held-out problems solved" if len(held_out) == 2 else "")
+    figure.text(0.02, 0.93, title, weight="bold", fontsize=min(12, 840 / len(title)))
+    subtitle = f"lines: validation problems, {seeds}; black: held-out problems, greedy, before and after"
     figure.text(0.02, 0.87, subtitle, color="dimgray")
     return figure
 

@@ -33,7 +33,7 @@ def extract_answer(completion: str | list[dict]) -> str | None:
     if text.count("<answer>") != 1 or text.count("</answer>") != 1:
         return None
     match = ANSWER.fullmatch(text, text.index("<answer>"))
-    return match and match[1].strip()
+    return (match and match[1].strip()) or None
 
 
 def to_integer(text: str | None) -> int | None:
@@ -84,7 +84,7 @@ def apply_reward(name: str, function: RewardFunction, examples, rollout, **extra
         count = len(values) if isinstance(values, (list, tuple)) else type(values).__name__
         raise UserError(f"reward {name} returned {count} for {len(prompts)} completions; return a list of that length")
     for row, value in enumerate(values):
-        number = isinstance(value, (int, float)) and math.isfinite(value)
+        number = isinstance(value, (int, float)) and abs(value) < 2.0**127  # the total is summed in float32
         if value is not None and not number:
             raise UserError(f"reward {name} returned {value!r} for row {row}; return finite numbers or None")
     return list(values)

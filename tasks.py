@@ -24,6 +24,11 @@ class Example:
     columns: dict = field(default_factory=dict)
     demonstrations: tuple[str, ...] = ()
 
+    @property
+    def question(self) -> str:
+        """The text that is asked, without the roles of a chat."""
+        return self.prompt if isinstance(self.prompt, str) else self.prompt[-1]["content"]
+
 
 @dataclass(frozen=True)
 class Task:
@@ -43,7 +48,7 @@ def in_fixed_order(examples: list[Example]) -> list[Example]:
     return sorted(examples, key=lambda example: hashlib.sha256(example.prompt.encode()).digest())
 
 
-def arithmetic(worked: float = 0.32, wrong: float = 0.95, copies: int = 8) -> dict[str, list[Example]]:
+def arithmetic(worked: float = 0.3, wrong: float = 0.95, copies: int = 8) -> dict[str, list[Example]]:
     """The 9,000 problems `(a op b) op c` with digits 0-9: 7,500 to train on, 500 for validation, 1,000 held out.
 
     Demonstrations are sloppy on purpose: a fraction `worked` shows the working and is right; the others answer at

@@ -1,0 +1,556 @@
+"""The algorithm's functions against exact values, one update against an independent one, and the run as a whole."""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import grpo
+import inference
+import tasks
+from grpo import (
+    ALGORITHMS,
+    GRPOConfig,
+    compute_rewards,
+    group_advantages,
+    kl_penalty,
+    policy_loss,
+    take_prompts,
+    update,
+)
+from inference import TokenPolicy
+from model_toy import Llama, LlamaConfig, character_tokenizer
+from rewards import UserError
+from tasks import Example
+
+ROOT = Path(grpo.__file__).parent
+GRPO = ALGORITHMS["grpo"]
+
+
+def tiny_policy(seed: int = 0) -> TokenPolicy:
+    """A random toy of 8,000 parameters that knows the arithmetic task's characters."""
+    tokenizer = character_tokenizer(["What is (0123456789) + - * ? = ;"])
+    model = Llama(LlamaConfig(len(tokenizer), 32, 32, 1, 2, 1))
+    model.init_weights(torch.Generator().manual_seed(seed))
+    return TokenPolicy(model, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    inference.save(tiny_policy(), folder)
+    return folder
+
+
+@pytest.fixture
+def small_task(monkeypatch):
+    """The arithmetic task with few problems to evaluate on, and a reward that even a random policy gets."""
+    task = tasks.TASKS["arithmetic"]
+
+    def load(**settings):
+        splits = task.load(**settings)
+        return {
+            "train": splits["train"][:40],
+            "validation": splits["validation"][:8],
+            "held_out": splits["held_out"][:8],
+        }
+
+    monkeypatch.setitem(tasks.TASKS, "arithmetic", dataclasses.replace(task, load=load))
+
+
+def settings(base: Path, out: Path, **more) -> GRPOConfig:
+    reward = f"{Path(__file__).parent / 'test_grpo.py'}:digits=1"
+    small = {"steps": 4, "batch_size": 3, "num_generations": 4, "max_new_tokens": 8, "eval_every": 2, "save_every": 2}
+    return GRPOConfig(**{"model": str(base), "out": str(out), "rewards": reward, **small, **more})
+
+
+def digits(prompts, completions, **_) -> list[float]:
+    """The share of digits in a completion: a reward with spread for a policy that knows nothing."""
+    return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]
+
+
+# --- Advantages -------------------------------------------------------------------------------------------------
+
+
+def test_advantages_worked_by_hand():
+    # mean 1/2, deviations +-1/2, unbiased variance 4 * (1/4) / 3 = 1/3
+    value = 0.5 / (math.sqrt(1 / 3) + 1e-4)
+    expected = torch.tensor([[value, -value, -value, value]])
+    torch.testing.assert_close(group_advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0]])), expected, rtol=1e-6, atol=0)
+
+
+def test_advantages_are_per_row_of_the_rewards_and_sum_to_zero():
+    rewards = torch.rand(5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    together = group_advantages(rewards)
+    alone = torch.cat([group_advantages(row[None]) for row in rewards])
+    torch.testing.assert_close(together, alone, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(together.sum(1), torch.zeros(5, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 0.1, 0.2 + 0.2 + 0.6, 1e6])
+def test_flat_group_is_exactly_zero(value):
+    # 0.1 seven times has a mean that is not 0.1 in float32: dividing that rounding by the 1e-4 would be visible
+    assert torch.equal(group_advantages(torch.full((2, 7), value)), torch.zeros(2, 7))
+
+
+def test_a_group_of_one_is_refused():
+    with pytest.raises(ValueError, match="at least 2"):
+        group_advantages(torch.ones(4, 1))
+
+
+# --- Loss -------------------------------------------------------------------------------------------------------
+
+
+def loss_of_one_token(ratio: float, advantage: float) -> tuple[float, float]:
+    """Loss and its derivative by logp for a single token with this ratio, without KL."""
+    logp = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    zero = torch.zeros(1, 1, dtype=torch.float64)
+    loss, _ = policy_loss(logp, zero, torch.tensor([advantage], dtype=torch.float64), mask, GRPO)
+    loss.backward()
+    return loss.item(), logp.grad.item()
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "gradient"),
+    [
+        (0.5, 2.0, -1.0, -1.0),  # A > 0: alive below and inside, dead above 1.2
+        (1.1, 2.0, -2.2, -2.2),
+        (1.5, 2.0, -2.4, 0.0),
+        (0.5, -2.0, 1.6, 0.0),  # A < 0: dead below 0.8, alive inside and above
+        (1.1, -2.0, 2.2, 2.2),
+        (1.5, -2.0, 3.0, 3.0),
+    ],
+)
+def test_six_cells_of_the_clip(ratio, advantage, loss, gradient):
+    assert loss_of_one_token(ratio, advantage) == pytest.approx((loss, gradient), abs=1e-12)
+
+
+def random_batch(rows: int = 6, length: int = 5):
+    """logp, old, ref, advantages and a mask with rows of length 1 to `length`, in float64."""
+    generator = torch.Generator().manual_seed(1)
+    logp, old, ref = (-torch.rand(rows, length, dtype=torch.float64, generator=generator) * 3 for _ in range(3))
+    mask = torch.arange(length) < torch.randint(1, length + 1, (rows, 1), generator=generator)
+    advantages = torch.randn(rows, dtype=torch.float64, generator=generator)
+    return logp, logp + 0.3 * (old - old.mean()), ref, advantages, mask
+
+
+def test_loss_equals_the_formula_written_out_with_loops():
+    logp, old, ref, advantages, mask = random_batch()
+    rows = []
+    for i in range(len(logp)):
+        terms = []
+        for t in range(int(mask[i].sum())):
+            ratio = math.exp(logp[i, t] - old[i, t])
+            a = advantages[i].item()
+            d = (ref[i, t] - logp[i, t]).item()
+            surrogate = min(ratio * a, min(max(ratio, 0.8), 1.2) * a)
+            terms.append(-surrogate + 0.04 * (math.exp(d) - d - 1))
+        rows.append(sum(terms) / len(terms))
+    loss, _ = policy_loss(logp, old, advantages, mask, GRPO, ref)
+    assert loss.item() == pytest.approx(sum(rows) / len(rows), abs=1e-12)
+
+
+def test_stats_count_what_the_clip_removed():
+    logp = torch.log(torch.tensor([[0.5, 1.0, 1.5], [0.5, 1.0, 1.5]]))
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    _, stats = policy_loss(logp, torch.zeros(2, 3), torch.tensor([1.0, -1.0]), mask, GRPO)
+    assert {name: value.item() for name, value in stats.items()} == pytest.approx(
+        {"tokens": 5, "clip_low": 1, "clip_high": 1, "ratio_max": 1.5}
+    )
+
+
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf, 1e30])
+def test_padding_changes_neither_value_nor_gradient(garbage):
+    logp, old, ref, advantages, mask = random_batch()
+    results = []
+    for fill in (0.0, garbage):
+        tensors = [torch.where(mask, x, fill).requires_grad_() for x in (logp, old, ref)]
+        loss, stats = policy_loss(tensors[0], tensors[1].detach(), advantages, mask, GRPO, tensors[2].detach())
+        loss.backward()
+        assert not tensors[0].grad[~mask].any()
+        results.append((loss.detach(), tensors[0].grad, *stats.values()))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_one_denominator_makes_any_split_the_same_loss():
+    logp, old, ref, advantages, mask = random_batch()
+    whole, _ = policy_loss(logp, old, advantages, mask, GRPO, ref)
+    for cuts in ([1] * 6, [2, 4], [5, 1]):
+        parts = zip(*(x.split(cuts) for x in (logp, old, advantages, mask, ref)), strict=True)
+        total = sum(policy_loss(*part[:4], GRPO, part[4], denominator=6)[0] for part in parts)
+        torch.testing.assert_close(total, whole, rtol=1e-12, atol=0)
+
+
+def test_loss_at_the_first_update_is_minus_the_mean_advantage_but_its_gradient_is_not_zero():
+    logp, _, _, _, mask = random_batch()
+    logp.requires_grad_()
+    advantages = group_advantages(torch.tensor([[0.0, 0.0, 1.0, 0.0, 1.0, 0.0]], dtype=torch.float64))[0]
+    loss, _ = policy_loss(logp, logp.detach(), advantages, mask, GRPO)
+    loss.backward()
+    assert abs(loss.item()) < 1e-12
+    expected = -(advantages / mask.sum(1) / 6)[:, None] * mask
+    torch.testing.assert_close(logp.grad, expected, rtol=1e-12, atol=0)
+
+
+def test_kl_estimate_is_the_kl_from_policy_to_reference():
+    # Exact expectation over a distribution of three: sum pi * k3 = KL(pi || ref), which tells d's sign.
+    pi, ref = torch.tensor([[0.7, 0.2, 0.1], [0.2, 0.3, 0.5]], dtype=torch.float64)
+    exact = (pi * (pi / ref).log()).sum()
+    assert (pi * kl_penalty(pi.log(), ref.log())).sum().item() == pytest.approx(exact.item(), abs=1e-12)
+
+
+def test_kl_estimate_by_hand_and_clamped_where_exp_would_overflow():
+    value = kl_penalty(torch.tensor([-1.0, -2.0, -1000.0]), torch.tensor([-1.0, -1.0, 0.0]))
+    assert value.tolist() == pytest.approx([0.0, math.e - 2, math.exp(20) - 21], rel=1e-6)
+    assert kl_penalty(torch.tensor([0.0]), torch.tensor([-1000.0])).item() == pytest.approx(999, rel=1e-6)
+
+
+# --- Prompts and rewards ----------------------------------------------------------------------------------------
+
+
+def test_prompts_cover_every_pass_once_in_a_new_order_and_need_no_history():
+    examples = [Example(str(i)) for i in range(10)]
+    steps = [[e.prompt for e in take_prompts(examples, step, 4, seed=3)] for step in range(1, 6)]
+    first, second = sum(steps, [])[:10], sum(steps, [])[10:]
+    assert sorted(first) == sorted(second) == sorted(str(i) for i in range(10))
+    assert first != second
+    assert [e.prompt for e in take_prompts(examples, 1, 4, seed=4)] != steps[0]
+
+
+def rollout_of(policy: TokenPolicy, examples: list[Example], group_size: int, **more) -> inference.Rollout:
+    return policy.sample(examples, group_size, (0, 1, 0), more.pop("max_new_tokens", 8), **more)
+
+
+def test_rewards_are_weighted_and_a_missing_one_is_the_mean_of_its_group():
+    policy = tiny_policy()
+    examples = [Example("1+1", {"answer": "2"}), Example("2", {"answer": "2"})]
+    rollout = rollout_of(policy, examples, 3)
+    mix = {
+        "whole": (lambda completions, **_: [1.0, 2.0, None, None, None, None], 1.0),
+        "other": (lambda completions, **_: [float(i) for i in range(6)], 0.1),
+    }
+    total, means = compute_rewards(mix, examples, rollout, 3)
+    torch.testing.assert_close(total, torch.tensor([[1.0, 2.1, 1.7], [0.3, 0.4, 0.5]]))
+    assert means == pytest.approx({"reward/whole": 1.5, "reward/other": 2.5})
+
+
+# --- Update -----------------------------------------------------------------------------------------------------
+
+
+EXAMPLES = [Example("What is (4 - 9) * 6?"), Example("(1+2)"), Example("7*8=?")]
+
+
+def one_update(token_budget: int, inner: int = 1, beta: float = 0.04, share: bool = True):
+    """A policy after an update on fixed rollouts, the metrics, and what went in."""
+    policy, reference = tiny_policy(0), tiny_policy(1)
+    if not share:
+        policy.log_probs = lambda rollout, f=policy.log_probs: f(rollout, share_prompts=False)
+    rollout = rollout_of(policy, EXAMPLES, 4)
+    rewards = torch.rand(3, 4, generator=torch.Generator().manual_seed(0))
+    config = GRPOConfig(num_inner_updates=inner, micro_batch_tokens=token_budget, beta=beta, learning_rate=1e-2)
+    optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.1)
+    advantages = group_advantages(rewards).flatten()
+    metrics = update(policy, reference if beta else None, optimizer, rollout, advantages, config)
+    return policy, metrics, rollout, advantages, reference
+
+
+def test_update_equals_an_independent_one_by_transformers(tmp_path):
+    policy, metrics, rollout, advantages, reference = one_update(10**6)
+    models = []
+    for name, source in (("policy", tiny_policy(0)), ("reference", reference)):
+        inference.save(source, tmp_path / name)
+        models.append(AutoModelForCausalLM.from_pretrained(tmp_path / name).eval())
+    rows = []
+    for i, group in enumerate(rollout.group.tolist()):  # one row at a time, no padding, no cache
+        prompt = rollout.prompts[group][rollout.prompt_mask[group]]
+        completion = rollout.actions[i][rollout.mask[i]]
+        logps = [
+            model(torch.cat([prompt, completion])[None]).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
+            for model in models
+        ]
+        logp, ref = (x.gather(1, completion[:, None])[:, 0] for x in logps)
+        d = ref.detach() - logp
+        ratio = (logp - logp.detach()).exp()
+        rows.append((-ratio * advantages[i] + 0.04 * (d.exp() - d - 1)).mean())
+    torch.stack(rows).mean().backward()
+    gradients = {name: p.grad for name, p in models[0].named_parameters()}
+    norm = torch.stack([g.norm() for g in gradients.values()]).norm()
+    assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+    before = tiny_policy(0).model
+    for (name, after), start in zip(policy.model.named_parameters(), before.parameters(), strict=True):
+        step = -0.1 * gradients[name] * min(1.0, 1.0 / (norm.item() + 1e-6))
+        torch.testing.assert_close(after - start, step, rtol=1e-3, atol=2e-7)
+
+
+@pytest.mark.parametrize("token_budget", [1, 60, 120])
+@pytest.mark.parametrize("inner", [1, 3])
+def test_micro_batches_do_not_change_the_update(token_budget, inner):
+    whole, metrics, *_ = one_update(10**6, inner)
+    parts, others, *_ = one_update(token_budget, inner)
+    for a, b in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    for name in set(metrics) - {"seconds_score", "seconds_update", "sampler_gap"}:
+        assert metrics[name] == pytest.approx(others[name], rel=1e-4, abs=1e-6), name
+
+
+def test_ratio_is_one_at_first_and_moves_with_inner_updates():
+    _, first, *_ = one_update(10**6, inner=1)
+    assert first["ratio_max"] == 1.0 and first["clip_low"] == first["clip_high"] == 0
+    assert first["sampler_gap"] < 1e-5
+    _, third, *_ = one_update(10**6, inner=3)
+    assert third["ratio_max"] > 1.0
+
+
+def test_no_reference_no_kl():
+    _, metrics, *_ = one_update(10**6, beta=0.0)
+    assert "kl" not in metrics
+
+
+def test_update_raises_the_reward_it_is_given():
+    """Ten updates that reward one token make it likelier: the sign of everything, end to end."""
+    policy = tiny_policy()
+    target = policy.tokenizer.convert_tokens_to_ids("7")
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-2, weight_decay=0.0)
+    share = []
+    for step in range(10):
+        rollout = policy.sample(EXAMPLES, 16, (0, step, 0), 8)
+        rewards = ((rollout.actions == target) & rollout.mask).sum(1).float().view(3, 16)
+        share.append(((rollout.actions == target) & rollout.mask).sum().item() / rollout.mask.sum().item())
+        update(policy, None, optimizer, rollout, group_advantages(rewards).flatten(), GRPOConfig(beta=0.0))
+    assert share[0] < 0.15 and share[-1] > 0.5
+
+
+def test_not_finite_stops_before_the_weights_move():
+    policy = tiny_policy()
+    rollout = rollout_of(policy, EXAMPLES, 4)
+    start = [p.detach().clone() for p in policy.model.parameters()]
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=0.1)
+    advantages = torch.full((12,), math.nan)
+    with pytest.raises(FloatingPointError, match="nan"):
+        update(policy, None, optimizer, rollout, advantages, GRPOConfig(beta=0.0))
+    assert all(torch.equal(a, b) for a, b in zip(start, policy.model.parameters(), strict=True))
+
+
+# --- The run ----------------------------------------------------------------------------------------------------
+
+
+def weights_of(run: grpo.Run) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in run.policy.model.state_dict().items()}
+
+
+def lines_of(path: Path) -> list[dict]:
+    """The lines of a metrics file without what depends on the clock."""
+    timed = ("seconds", "tokens_per_second")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{key: value for key, value in row.items() if not key.startswith(timed)} for row in rows]
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_two_runs_are_bitwise_equal_and_another_seed_is_not(base, tmp_path, small_task):
+    first = grpo.train(settings(base, tmp_path / "a"))
+    second = grpo.train(settings(base, tmp_path / "b"))
+    third = grpo.train(settings(base, tmp_path / "c", seed=1))
+    assert same(weights_of(first), weights_of(second))
+    assert not same(weights_of(first), weights_of(third))
+    assert not same(weights_of(first), load_file(base / "model.safetensors"))
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert lines_of(tmp_path / "a" / name) == lines_of(tmp_path / "b" / name)
+    steps = [line["step"] for line in lines_of(tmp_path / "a" / "metrics.jsonl")]
+    assert steps == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("stop_after", [2, 3])
+def test_resumed_run_is_bitwise_equal_to_the_one_not_interrupted(base, tmp_path, small_task, stop_after, monkeypatch):
+    whole = grpo.train(settings(base, tmp_path / "whole", num_inner_updates=2, steps=5))
+    config = settings(base, tmp_path / "cut", num_inner_updates=2, steps=5)
+    step = grpo.train_step
+
+    def die(run, number):
+        if number > stop_after:
+            raise KeyboardInterrupt  # a crash: nothing is saved but what save_every saved
+        return step(run, number)
+
+    monkeypatch.setattr(grpo, "train_step", die)
+    with pytest.raises(KeyboardInterrupt):
+        grpo.train(config)
+    (tmp_path / "cut" / "resume" / ".partial").mkdir()
+    with open(tmp_path / "cut" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "rew')
+    monkeypatch.setattr(grpo, "train_step", step)
+    resumed = grpo.train(dataclasses.replace(config, resume=True))
+    assert same(weights_of(whole), weights_of(resumed))
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert lines_of(tmp_path / "whole" / name) == lines_of(tmp_path / "cut" / name)
+    best = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut")]
+    assert same(*best)
+
+
+def test_run_folder_holds_what_the_design_lists(base, tmp_path, small_task):
+    run = grpo.train(settings(base, tmp_path / "run"))
+    grpo.report(run)
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    files = {"config.json", "model.safetensors", "tokenizer.json", "run.json", "metrics.jsonl", "samples.jsonl"}
+    assert files | {"evaluation.json", "resume", "training.png", "training.svg", "accuracy.png"} <= names
+    assert not [path for path in (tmp_path / "run").rglob("*") if path.suffix in (".pt", ".bin", ".pkl")]
+    stored = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert stored["settings"]["steps"] == 4 and stored["algorithm"]["beta"] == 0.04
+    assert sorted(path.name for path in (tmp_path / "run" / "resume").iterdir()) == ["000002", "000004", "latest"]
+    results = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert list(results) == ["base", "best", "last"]
+
+
+def test_best_checkpoint_is_the_best_by_validation(base, tmp_path, small_task, monkeypatch):
+    scores = iter([0.1, 0.5, 0.3])
+    evaluate = grpo.evaluate
+
+    def scored(policy, task, examples, *args, samples, **kwargs):
+        result = evaluate(policy, task, examples, *args, samples=samples, **kwargs)
+        return result | ({"sampled_accuracy": next(scores)} if samples == 2 else {})
+
+    monkeypatch.setattr(grpo, "evaluate", scored)
+    run = grpo.train(settings(base, tmp_path / "run"))
+    assert (run.progress.best_step, run.progress.best_accuracy, run.progress.stale) == (2, 0.5, 1)
+    at_two = load_file(tmp_path / "run" / "resume" / "000002" / "weights.safetensors")
+    assert same(at_two, load_file(tmp_path / "run" / "model.safetensors"))
+
+
+def test_patience_and_kl_limit_stop_early(base, tmp_path, small_task, capsys):
+    run = grpo.train(settings(base, tmp_path / "kl", kl_limit=1e-12))
+    assert run.progress.step == 2 and "--kl-limit" in capsys.readouterr().out  # at step 1 policy and reference agree
+    run = grpo.train(settings(base, tmp_path / "patience", patience=1))
+    assert run.progress.step == 2 and "--patience" in capsys.readouterr().out
+
+
+def test_warnings_name_the_flag_and_come_once(base, tmp_path, small_task, capsys):
+    grpo.train(settings(base, tmp_path / "run", rewards="answer_format=0.2,answer_exact=0.8"))
+    text = capsys.readouterr().err
+    for flag in ("--max-new-tokens", "--num-generations", "sft.py"):
+        assert text.count(flag) == 1, flag
+
+
+def test_every_setting_is_read():
+    """No flag that is parsed and then forgotten."""
+    source = (ROOT / "grpo.py").read_text()
+    body = source[source.index("def group_advantages") :]
+    for field in dataclasses.fields(GRPOConfig):
+        alone = field.name in {cell.name for cell in dataclasses.fields(grpo.Algorithm)}
+        assert alone or re.search(rf"(config|run\.config|arguments)\.{field.name}\b", body), field.name
+
+
+def test_the_loop_uses_the_numbers_of_the_docstring():
+    source = (ROOT / "grpo.py").read_text()
+    numbers = re.findall(r"^(\d)\. ", grpo.__doc__, re.MULTILINE)
+    assert numbers == list("123456")
+    assert all(f"# ({number})" in source or f"({number})" in source.split('"""', 2)[2] for number in numbers)
+
+
+# --- Command line -----------------------------------------------------------------------------------------------
+
+
+def command(*arguments: str, cwd: Path = ROOT, **more) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(ROOT / "grpo.py"), *arguments], capture_output=True, text=True, cwd=cwd)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--task", "poetry"], ["poetry", "arithmetic"]),
+        (["--lerning-rate", "1"], ["--lerning-rate"]),
+        (["--learn", "1"], ["--learn"]),
+        (["--rewards", "answer_exakt=1"], ["answer_exakt", "answer_exact"]),
+        (["--rewards", "answer_exact"], ["answer_exact", "WEIGHT"]),
+        (["--algorithm", "ppo"], ["ppo", "grpo"]),
+        (["--num-generations", "1"], ["--num-generations", "at least 2"]),
+        (["--steps", "0"], ["--steps", "above 0"]),
+        (["--batch-size", "-3"], ["--batch-size", "above 0"]),
+        (["--temperature", "nan"], ["--temperature", "above 0"]),
+        (["--beta", "-1"], ["--beta"]),
+        (["--seed", "-1"], ["--seed"]),
+        (["--device", "toaster"], ["toaster", "cpu"]),
+        (["--model", "no_such_folder"], ["no_such_folder", "grpo.py"]),
+        (["--out", "no_such_run", "--resume"], ["no_such_run", "--resume"]),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2(arguments, words, tmp_path):
+    result = command(*arguments, cwd=tmp_path)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
+    assert all(word in result.stderr for word in ("error", *words)), result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_is_not_overwritten(base, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "run.json").write_text('{"settings": {}}')
+    result = command("--model", str(base), "--out", str(out))
+    assert result.returncode == 2 and "--overwrite" in result.stderr and "--resume" in result.stderr
+    assert (out / "run.json").read_text() == '{"settings": {}}' and len(list(out.iterdir())) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_finish_the_step_and_the_printed_command_continues(base, tmp_path, number):
+    out = tmp_path / "run"
+    arguments = ["--model", str(base), "--out", str(out), "--steps", "100000", "--max-new-tokens", "4"]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "grpo.py"), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (out / "samples.jsonl").exists():
+        time.sleep(0.1)
+    time.sleep(1)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and "Traceback" not in errors
+    saved = int(re.search(r"saved after step (\d+)", errors)[1])
+    assert json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["step"] == saved
+    again = errors.split("continue with: python ")[1].split()
+    result = subprocess.run(
+        [sys.executable, *again, "--steps", str(saved + 2)], capture_output=True, text=True, env=dict(os.environ)
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["step"] == saved + 2
+
+
+def test_resume_refuses_to_become_another_run(base, tmp_path, small_task, monkeypatch):
+    config = settings(base, tmp_path / "run")
+    grpo.train(config)
+
+    def parsed(*arguments):
+        monkeypatch.setattr(sys, "argv", ["grpo.py", "--out", config.out, "--resume", *arguments])
+        return inference.parse_settings(GRPOConfig, "", grpo.MAY_CHANGE)
+
+    with pytest.raises(UserError, match="--batch-size 3"):
+        parsed("--batch-size", "5")
+    assert parsed("--steps", "9") == dataclasses.replace(config, resume=True, steps=9)
+
+
+def test_reward_functions_see_what_trl_would_give_them(base, tmp_path, small_task):
+    seen = {}
+
+    def spy(prompts, completions, completion_ids, answer, **_):
+        seen.update(prompts=prompts, completions=completions, ids=completion_ids, answer=answer)
+        return [0.0] * len(prompts)
+
+    policy = tiny_policy()
+    examples = tasks.TASKS["arithmetic"].load()["train"][:2]
+    rollout = rollout_of(policy, examples, 2)
+    compute_rewards({"spy": (spy, 1.0)}, examples, rollout, 2)
+    assert seen["prompts"] == [examples[0].prompt] * 2 + [examples[1].prompt] * 2
+    assert seen["answer"] == [examples[0].columns["answer"]] * 2 + [examples[1].columns["answer"]] * 2
+    assert [policy.tokenizer.decode(ids, skip_special_tokens=True) for ids in seen["ids"]] == seen["completions"]

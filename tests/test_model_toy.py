@@ -1,0 +1,233 @@
+"""Parity with `transformers`: the same checkpoint gives the same logits, cached decoding, gradients and token ids."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import LlamaConfig as ReferenceConfig
+from transformers import LlamaForCausalLM
+
+from model_toy import SPECIAL, WORDS, Cache, Llama, LlamaConfig, character_tokenizer
+
+SIZES = {
+    "grouped-tied": {"num_key_value_heads": 2, "tie_word_embeddings": True},
+    "multi-query-untied": {"num_key_value_heads": 1, "tie_word_embeddings": False},
+    "full-untied-long-base": {"num_key_value_heads": 4, "tie_word_embeddings": False, "rope_theta": 10_000.0},
+    "one-head-pair-deep": {"num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 3},
+    "large-norm-eps": {"num_key_value_heads": 2, "rms_norm_eps": 0.1},
+}
+
+
+@pytest.fixture(scope="module", params=SIZES.values(), ids=SIZES.keys())
+def pair(request, random_policy, reopen):
+    """Our model and what `AutoModelForCausalLM` makes of its checkpoint."""
+    policy = random_policy(**request.param)
+    reference, _, _ = reopen(policy)
+    assert type(reference) is LlamaForCausalLM
+    return policy.model, reference
+
+
+def padded_batch(vocabulary: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids (3, 12), their mask with 0, 3 and 11 places of left padding, and positions that count real tokens.
+
+    No id is special: `transformers` gives the pad token's embedding no gradient, whoever uses it.
+    """
+    ids = torch.randint(len(SPECIAL), vocabulary, (3, 12), generator=torch.Generator().manual_seed(1))
+    mask = torch.arange(12) >= torch.tensor([[0], [3], [11]])
+    return ids, mask, (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def test_parameter_names_and_shapes_are_those_of_transformers(pair):
+    ours, reference = pair
+    names = {name: weight.shape for name, weight in ours.named_parameters()}
+    assert names == {name: weight.shape for name, weight in reference.named_parameters()}
+    assert ("lm_head.weight" in names) != ours.config.tie_word_embeddings
+
+
+def test_logits(pair):
+    ours, reference = pair
+    ids, _, _ = padded_batch(ours.config.vocab_size)
+    with torch.no_grad():
+        expected = reference(ids).logits
+        positions = torch.arange(ids.shape[1]).expand(ids.shape)
+        logits = ours.logits(ours(ids, positions))
+    assert expected.std() > 0.5  # else agreement would mean little
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+
+
+def test_logits_of_a_left_padded_batch(pair):
+    ours, reference = pair
+    ids, mask, positions = padded_batch(ours.config.vocab_size)
+    with torch.no_grad():
+        logits = ours.logits(ours(ids, positions, key_mask=mask))
+        expected = reference(ids, attention_mask=mask.long(), position_ids=positions).logits
+        torch.testing.assert_close(logits[mask], expected[mask], rtol=0, atol=1e-5)
+        for row in range(3):  # and padding changes nothing
+            alone = reference(ids[row, mask[row]][None]).logits[0]
+            torch.testing.assert_close(logits[row, mask[row]], alone, rtol=0, atol=1e-5)
+    assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("room", [0, 7], ids=["growing", "preallocated"])
+def test_cached_decoding(pair, room):
+    """A prompt of 5 in one call, 3 tokens in the next, then one at a time: the logits of one uncached pass."""
+    ours, reference = pair
+    ids, mask, positions = padded_batch(ours.config.vocab_size)
+    ids, mask, positions = ids[:2], mask[:2], positions[:2]
+    parts = []
+    with torch.no_grad():
+        expected = reference(ids, attention_mask=mask.long(), position_ids=positions).logits
+        cache = Cache(ours.config.num_hidden_layers)
+        for start, end in [(0, 5), (5, 8), (8, 9), (9, 10), (10, 11), (11, 12)]:
+            hidden = ours(ids[:, start:end], positions[:, start:end], cache, mask[:, :end])
+            parts.append(ours.logits(hidden))
+            if start == 0 and room:
+                cache = cache.select(torch.arange(2), room)
+            assert cache.length == end
+    torch.testing.assert_close(torch.cat(parts, 1)[mask], expected[mask], rtol=0, atol=1e-5)
+
+
+def test_cache_rows_can_be_selected_and_repeated(pair):
+    ours, reference = pair
+    ids, _, _ = padded_batch(ours.config.vocab_size)
+    rows = torch.tensor([2, 0, 0])
+    joined = torch.cat([ids[rows, :6], ids[:, 6:]], 1)
+    positions = torch.arange(12).expand(3, 12)
+    with torch.no_grad():
+        cache = Cache(ours.config.num_hidden_layers)
+        ours(ids[:, :6], positions[:, :6], cache)
+        for room in (0, 6):
+            hidden = ours(joined[:, 6:], positions[:, 6:], cache.select(rows, room))
+            expected = reference(joined).logits[:, 6:]
+            torch.testing.assert_close(ours.logits(hidden), expected, rtol=0, atol=1e-5)
+
+
+def test_parameter_gradients(pair):
+    """Cross-entropy on a left-padded batch: every parameter's gradient within a relative 1e-5."""
+    ours, reference = pair
+    ids, mask, positions = padded_batch(ours.config.vocab_size)
+    ids, mask, positions = ids[:2], mask[:2], positions[:2]
+    logits = ours.logits(ours(ids, positions, key_mask=mask))
+    expected = reference(ids, attention_mask=mask.long(), position_ids=positions).logits
+    gradients = []
+    for model, x in ((ours, logits), (reference, expected)):
+        model.zero_grad()
+        F.cross_entropy(x[:, :-1][mask[:, :-1]], ids[:, 1:][mask[:, :-1]]).backward()
+        gradients.append({name: weight.grad for name, weight in model.named_parameters()})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        other = gradients[1][name]
+        assert other.norm() > 1e-4, name
+        assert (gradient - other).norm() <= 1e-5 * other.norm(), name
+
+
+def test_a_saved_policy_opens_in_transformers(random_policy, reopen):
+    policy = random_policy()
+    _, tokenizer, folder = reopen(policy)
+    assert (tokenizer.pad_token, tokenizer.eos_token, tokenizer.unk_token) == SPECIAL
+    text = "What is (4 - 9) * 6? 4-9=-5;-5*6=-30 <answer>-30</answer>"
+    ids = policy.tokenizer(text)["input_ids"]
+    assert tokenizer(text)["input_ids"] == ids
+    assert tokenizer.decode(ids) == policy.tokenizer.decode(ids) == text.replace(" ", "")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["head_dim"] == 8 and config["model_type"] == "llama"
+    assert config["eos_token_id"] == tokenizer.eos_token_id and config["pad_token_id"] == tokenizer.pad_token_id
+
+
+def test_config_survives_json():
+    config = LlamaConfig(30, 48, 64, 3, 6, 2, 99, 1e-4, 500.0, False, 0.1)
+    assert LlamaConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    assert config.head_dim == 8
+
+
+def test_the_config_of_transformers_is_read():
+    """Both the rope_theta of transformers 4, at the top, and that of transformers 5, inside rope_parameters."""
+    sizes = {"vocab_size": 30, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3}
+    sizes |= {"num_attention_heads": 6, "num_key_value_heads": 2, "rms_norm_eps": 1e-4}
+    rope = {"rope_type": "default", "rope_theta": 500.0}
+    values = ReferenceConfig(**sizes, rope_parameters=rope, tie_word_embeddings=False).to_dict()
+    assert "rope_theta" not in values
+    config = LlamaConfig.from_json(values)
+    assert {name: getattr(config, name) for name in sizes} == sizes
+    assert config.rope_theta == 500.0 and config.tie_word_embeddings is False
+    del values["rope_parameters"]
+    assert LlamaConfig.from_json(values | {"rope_theta": 500.0}) == config
+
+
+GOOD = LlamaConfig(vocab_size=30, hidden_size=32).to_json()
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"model_type": "qwen2"}, "model_type is 'qwen2'"),
+        ({"model_type": "mamba"}, "model_type is 'mamba', this program computes 'llama'"),
+        ({"model_type": None}, "model_type is None"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"mlp_bias": True}, "mlp_bias is True"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "rope_type is 'llama3'"),
+        ({"rope_parameters": None, "rope_scaling": {"rope_type": "llama3"}}, "rope_type is 'llama3'"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type is 'linear'"),
+        ({"head_dim": 16}, "head_dim"),
+        ({"num_attention_heads": 5}, "head_dim"),
+    ],
+)
+def test_models_that_are_not_computed_are_refused(change, part):
+    with pytest.raises(ValueError) as caught:
+        LlamaConfig.from_json(GOOD | change)
+    assert part in str(caught.value)
+
+
+def test_what_is_missing_is_named_not_guessed():
+    """`transformers` has other defaults than the toy (a rotary base of 10,000, untied): no silent difference."""
+    with pytest.raises(ValueError, match="model_type"):
+        LlamaConfig.from_json({name: value for name, value in GOOD.items() if name != "model_type"})
+    for missing in ("vocab_size", "hidden_size", "num_hidden_layers", "num_key_value_heads", "tie_word_embeddings"):
+        with pytest.raises(ValueError, match=f"{missing} is missing"):
+            LlamaConfig.from_json({name: value for name, value in GOOD.items() if name != missing})
+    with pytest.raises(ValueError, match="rope_theta is missing"):
+        LlamaConfig.from_json({k: v for k, v in GOOD.items() if k not in ("rope_theta", "rope_parameters")})
+
+
+def test_init_weights_follows_its_generator_and_its_stated_widths():
+    config = LlamaConfig(vocab_size=300, hidden_size=64, num_hidden_layers=2)
+    weights = []
+    for seed in (0, 0, 1):
+        model = Llama(config)
+        model.init_weights(torch.Generator().manual_seed(seed))
+        weights.append(dict(model.named_parameters()))
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert not torch.equal(weights[0]["model.embed_tokens.weight"], weights[2]["model.embed_tokens.weight"])
+    for name, weight in weights[0].items():
+        if weight.dim() == 1:
+            assert torch.equal(weight, torch.ones_like(weight)), name
+        else:
+            std = 0.025 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.05
+            assert abs(weight.std().item() / std - 1) < 0.05, name
+
+
+def test_character_tokenizer_round_trip():
+    texts = ["What is (4 - 9) * 6?", "4-9=-5;-5*6=-30<answer>-30</answer>", "isWhat", "é→\x1b"]
+    tokenizer = character_tokenizer(texts)
+    characters = sorted(set("".join("".join(texts).split())))
+    assert tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))) == [*SPECIAL, *WORDS, *characters]
+    assert tokenizer.tokenize(texts[0]) == ["What", "is", "(", "4", "-", "9", ")", "*", "6", "?"]
+    assert tokenizer.tokenize("<answer>-30</answer>") == ["<answer>", "-", "3", "0", "</answer>"]
+    for text in texts:
+        ids = tokenizer(text)["input_ids"]
+        assert tokenizer.unk_token_id not in ids
+        assert tokenizer.decode(ids) == "".join(text.split())
+
+
+def test_character_tokenizer_drops_white_space_and_marks_the_unknown():
+    tokenizer = character_tokenizer(["1 + 2"])
+    assert tokenizer("1+2")["input_ids"] == tokenizer(" 1\t+ \n2 ")["input_ids"]
+    assert tokenizer.tokenize("1x2") == ["1", "<unk>", "2"]
+    assert tokenizer("")["input_ids"] == tokenizer(" \n")["input_ids"] == []
+    assert not any(token.isspace() for token in tokenizer.get_vocab())
+
+
+def test_character_tokenizer_does_not_depend_on_the_order_of_texts():
+    assert character_tokenizer(["12", "3"]).get_vocab() == character_tokenizer(["3", "21", "1"]).get_vocab()

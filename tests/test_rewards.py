@@ -1,0 +1,190 @@
+"""Rewards: exact values for good, bad and hostile completions; mistakes in a reward are named by function and row."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from rewards import UserError, answer_exact, answer_format, answer_near, apply_reward, parse_rewards
+from tasks import Example
+
+# (completion, answer_format, answer_near, answer_exact), the right answer being 5
+TABLE = [
+    ("<answer>5</answer>", 1, 1, 1),
+    ("2+3=5;5*1=5<answer>5</answer>", 1, 1, 1),
+    ("<answer>5</answer>\n ", 1, 1, 1),
+    ("<answer> 5 </answer>", 1, 1, 1),
+    ("<answer>\n5\n</answer>", 1, 1, 1),
+    ("<answer>+5</answer>", 1, 1, 1),
+    ("<answer>005</answer>", 1, 1, 1),
+    ("<answer>4</answer>", 1, 1, 0),
+    ("<answer>6</answer>", 1, 1, 0),
+    ("<answer>7</answer>", 1, 0, 0),
+    ("<answer>-5</answer>", 1, 0, 0),
+    ("<answer>five</answer>", 1, 0, 0),
+    ("<answer>5.0</answer>", 1, 0, 0),
+    ("<answer>5e0</answer>", 1, 0, 0),
+    ("<answer>0x5</answer>", 1, 0, 0),
+    ("<answer>1_0</answer>", 1, 0, 0),
+    ("<answer>- 5</answer>", 1, 0, 0),
+    ("<answer>5 5</answer>", 1, 0, 0),
+    ("<answer>2+3</answer>", 1, 0, 0),
+    ("<answer>nan</answer>", 1, 0, 0),
+    ("<answer>9**9**9</answer>", 1, 0, 0),  # never evaluated
+    ("<answer>__import__('os').abort()</answer>", 1, 0, 0),
+    ("<answer>٥</answer>", 1, 0, 0),  # an Arabic-Indic five, which int() would read
+    ("<answer>５</answer>", 1, 0, 0),  # a full-width five
+    ("<answer>" + "9" * 200 + "</answer>", 1, 0, 0),
+    ("<answer>" + "0" * 30 + "5</answer>", 1, 0, 0),  # more than 30 digits are no integer
+    ("<answer>" + "9" * 1_000_000 + "</answer>", 0, 0, 0),
+    ("5", 0, 0, 0),
+    ("", 0, 0, 0),
+    ("<answer></answer>", 0, 0, 0),
+    ("<answer> </answer>", 0, 0, 0),
+    ("<answer>5", 0, 0, 0),
+    ("5</answer>", 0, 0, 0),
+    ("</answer>5<answer>", 0, 0, 0),
+    ("<answer>5</answer>.", 0, 0, 0),
+    ("<answer>5</answer> is right", 0, 0, 0),
+    ("<answer>5</answer><answer>5</answer>", 0, 0, 0),
+    ("<answer>4</answer> no <answer>5</answer>", 0, 0, 0),
+    ("<answer><answer>5</answer></answer>", 0, 0, 0),
+    ("<answer>5</answer></answer>", 0, 0, 0),
+    ("<answer>5<b></answer>", 0, 0, 0),
+    ("<ANSWER>5</ANSWER>", 0, 0, 0),
+    ("<answer >5</answer>", 0, 0, 0),
+    ("<answer>" * 125_000, 0, 0, 0),
+    ("<answer>" * 60_000 + "5" + "</answer>" * 60_000, 0, 0, 0),
+    ("<answer>" + " " * 1_000_000 + "5</answer>", 0, 0, 0),
+]
+
+
+@pytest.mark.parametrize("column", [1, 2, 3], ids=["answer_format", "answer_near", "answer_exact"])
+@pytest.mark.parametrize("chat", [False, True], ids=["strings", "messages"])
+def test_rewards_of_every_kind_of_completion(column, chat):
+    function = (answer_format, answer_near, answer_exact)[column - 1]
+    completions = [row[0] for row in TABLE]
+    if chat:
+        completions = [[{"role": "assistant", "content": text}] for text in completions]
+    values = function(prompts=["q"] * len(TABLE), completions=completions, answer=["5"] * len(TABLE), other=None)
+    for row, value in zip(TABLE, values, strict=True):
+        assert type(value) is float
+        assert value == row[column], f"{function.__name__} of {row[0][:60]!r}"
+
+
+def test_each_completion_meets_its_own_answer():
+    completions = ["<answer>-30</answer>", "<answer>-30</answer>", "<answer>-30</answer>"]
+    answers = ["-30", "-31", "30"]
+    assert answer_near(["q"] * 3, completions, answer=answers) == [1, 1, 0]
+    assert answer_exact(["q"] * 3, completions, answer=answers) == [1, 0, 0]
+
+
+def call(function, texts=("a", "b"), prompts=("p", "q"), **extra):
+    examples = [Example(prompt, {"answer": str(i), "level": i}) for i, prompt in enumerate(prompts)]
+    rollout = SimpleNamespace(texts=list(texts), completion_ids=[[1, 2]] * len(texts))
+    return apply_reward("mine", function, examples, rollout, **extra)
+
+
+def test_a_reward_gets_every_column_by_keyword():
+    seen = {}
+
+    def mine(prompts, completions, **rest):
+        seen.update(rest, prompts=prompts, completions=completions)
+        return [0.5, None]
+
+    message = [{"role": "user", "content": "q"}]
+    assert call(mine, prompts=("p", message), state={"k": 1}) == [0.5, None]
+    assert seen == {
+        "prompts": ["p", message],
+        "completions": ["a", [{"role": "assistant", "content": "b"}]],
+        "completion_ids": [[1, 2], [1, 2]],
+        "answer": ["0", "1"],
+        "level": [0, 1],
+        "state": {"k": 1},
+    }
+
+
+@pytest.mark.parametrize("values", [[0.0, 1.0], [1, -2], [True, False], [None, None], (0.25, None), [-1e38, 1e38]])
+def test_numbers_and_none_pass_through(values):
+    assert call(lambda **_: values) == list(values)
+
+
+def fails(**_):
+    raise KeyError("level_2")
+
+
+@pytest.mark.parametrize(
+    ("function", "parts"),
+    [
+        (lambda **_: [0.0, float("nan")], ["row 1", "nan"]),
+        (lambda **_: [float("inf"), 0.0], ["row 0", "inf"]),
+        (lambda **_: [0.0, float("-inf")], ["row 1", "-inf"]),
+        (lambda **_: [0.0, "1.0"], ["row 1", "'1.0'"]),
+        (lambda **_: [0.0, [1.0]], ["row 1", "[1.0]"]),
+        (lambda **_: [0.0, 1j], ["row 1", "1j"]),
+        (lambda **_: [0.0, 10**400], ["row 1"]),  # no float can hold it
+        (lambda **_: [1e300, 0.0], ["row 0", "1e+300"]),  # infinite in float32, in which rewards are summed
+        (lambda **_: [0.0], ["returned 1 ", "2 completions"]),
+        (lambda **_: [0.0] * 3, ["returned 3 ", "2 completions"]),
+        (lambda **_: 0.5, ["float", "2 completions"]),
+        (lambda **_: None, ["NoneType", "2 completions"]),
+        (lambda **_: {0: 1.0, 1: 2.0}, ["dict", "2 completions"]),
+        (lambda **_: (value for value in [0.0, 1.0]), ["generator"]),
+        (lambda prompts: [0.0, 1.0], ["TypeError", "completions"]),
+        (fails, ["KeyError", "level_2"]),
+    ],
+)
+def test_a_bad_reward_is_an_error_that_names_function_and_row(function, parts):
+    with pytest.raises(UserError) as caught:
+        call(function)
+    for part in ["reward mine", *parts]:
+        assert part in str(caught.value)
+
+
+def test_parse_rewards():
+    mix = parse_rewards("answer_format=0.2, answer_near=-1,answer_exact=6e-1")
+    assert mix == {
+        "answer_format": (answer_format, 0.2),
+        "answer_near": (answer_near, -1.0),
+        "answer_exact": (answer_exact, 0.6),
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("", ["NAME=WEIGHT"]),
+        ("answer_exact", ["'answer_exact'", "NAME=WEIGHT"]),
+        ("answer_exact=", ["'answer_exact='"]),
+        ("=1", ["'=1'"]),
+        ("answer_exact=much", ["'answer_exact=much'"]),
+        ("answer_exact=nan", ["'answer_exact=nan'"]),
+        ("answer_exact=inf", ["'answer_exact=inf'"]),
+        ("answer_exact=1,", ["''", "NAME=WEIGHT"]),
+        ("exact=1", ["'exact'", "answer_format, answer_near, answer_exact", "FILE.py:FUNCTION"]),
+        ("answer_exact=1,answer_exact=2", ["answer_exact is named twice"]),
+        ("no_such_file.py:mine=1", ["'no_such_file.py'"]),
+    ],
+)
+def test_a_bad_mix_of_rewards_is_refused(text, parts):
+    with pytest.raises(UserError) as caught:
+        parse_rewards(text)
+    for part in ["--rewards", *parts]:
+        assert part in str(caught.value)
+
+
+def test_a_users_own_reward_comes_from_a_file(tmp_path):
+    path = tmp_path / "my rewards=1.py"
+    path.write_text(
+        "LONG = 3\n\ndef longer(completions, **_):\n    return [float(len(c) > LONG) for c in completions]\n"
+    )
+    mix = parse_rewards(f"answer_exact=1,{path}:longer=0.5")
+    assert list(mix) == ["answer_exact", "longer"]
+    function, weight = mix["longer"]
+    assert weight == 0.5
+    assert call(function, texts=("abc", "abcd")) == [0.0, 1.0]
+    for name, part in [("shorter", "'shorter'"), ("LONG", "'LONG'")]:
+        with pytest.raises(UserError, match=part):
+            parse_rewards(f"{path}:{name}=1")
+    path.write_text("def longer(:\n")
+    with pytest.raises(UserError, match="SyntaxError"):
+        parse_rewards(f"{path}:longer=1")

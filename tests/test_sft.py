@@ -1,0 +1,114 @@
+"""Completion-only cross-entropy against `torch.nn.functional`, the schedule, and a short run of the command."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import sft
+import tasks
+from inference import load
+from rewards import UserError
+from sft import SFTConfig, batches, cross_entropy_backward, learning_rate_at, new_policy
+
+ROOT = Path(sft.__file__).parent
+TEXTS = [("What is (4 - 9) * 6?", "4-9=-5;-5*6=-30<answer>-30</answer>"), ("What is 1?", "<answer>1</answer>")]
+
+
+def packed(policy):
+    prompts = policy.encode([prompt for prompt, _ in TEXTS])
+    ids = policy.tokenizer([text for _, text in TEXTS]).input_ids
+    return policy.pack(prompts, [row + [policy.tokenizer.eos_token_id] for row in ids], [text for _, text in TEXTS])
+
+
+@pytest.mark.parametrize("token_budget", [10_000, 1])
+def test_loss_is_the_cross_entropy_of_completion_and_end_tokens_only(token_budget):
+    policy = new_policy([text for pair in TEXTS for text in pair], seed=0, device=torch.device("cpu"))
+    loss = cross_entropy_backward(policy, packed(policy), token_budget)
+    gradients = [p.grad.clone() for p in policy.model.parameters()]
+
+    policy.model.zero_grad()
+    losses = []
+    for prompt, text in TEXTS:  # one unpadded row at a time, labels shifted by hand
+        ids = policy.tokenizer(prompt).input_ids + policy.tokenizer(text).input_ids + [policy.tokenizer.eos_token_id]
+        start = len(policy.tokenizer(prompt).input_ids)
+        inputs = torch.tensor([ids])
+        logits = policy.model.logits(policy.model(inputs, torch.arange(len(ids))[None]))[0]
+        losses.append(F.cross_entropy(logits[start - 1 : -1], inputs[0, start:], reduction="none"))
+    expected = torch.cat(losses).mean()
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), rel=1e-6)
+    for gradient, parameter in zip(gradients, policy.model.parameters(), strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_schedule_worked_by_hand():
+    config = SFTConfig(learning_rate=1.0, warmup_steps=4)
+    rates = [learning_rate_at(config, step, 10) for step in range(1, 11)]
+    assert rates == pytest.approx([0.25, 0.5, 0.75, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
+
+
+def test_batches_are_shuffled_passes_over_all_rows():
+    rows = [row for batch in batches(10, 4, 5, seed=0) for row in batch]
+    assert sorted(rows[:10]) == sorted(rows[10:]) == list(range(10)) and rows[:10] != rows[10:]
+    again = [row for batch in batches(10, 4, 5, seed=0) for row in batch]
+    other = [row for batch in batches(10, 4, 5, seed=1) for row in batch]
+    assert rows == again and rows != other
+
+
+@pytest.fixture
+def few_problems(monkeypatch):
+    task = tasks.TASKS["arithmetic"]
+    few = dataclasses.replace(task, load=lambda **kw: {"train": task.load(**kw)["train"][:16]})
+    monkeypatch.setitem(tasks.TASKS, "arithmetic", few)
+
+
+def test_training_learns_its_demonstrations_and_is_bitwise_repeatable(few_problems, tmp_path):
+    config = SFTConfig(out=str(tmp_path / "a"), copies=1, epochs=40, batch_size=8, warmup_steps=5, worked=1.0)
+    policy = sft.train(config)
+    again = sft.train(dataclasses.replace(config, out=str(tmp_path / "b")))
+    stored = load(tmp_path / "a", torch.device("cpu"))
+    weights = [p.model.state_dict() for p in (policy, again, stored)]
+    assert all(torch.equal(weights[0][name], other[name]) for other in weights[1:] for name in weights[0])
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    assert losses[0] > 2.5 and losses[-1] < 1.0 and len(losses) == 80
+    with pytest.raises(UserError, match="--overwrite"):
+        sft.train(config)
+
+
+def test_a_checkpoint_can_be_trained_further(few_problems, tmp_path):
+    first = SFTConfig(out=str(tmp_path / "a"), copies=1, epochs=1, batch_size=8)
+    policy = sft.train(first)
+    more = dataclasses.replace(first, model=first.out, out=str(tmp_path / "b"), learning_rate=1e-9)
+    for a, b in zip(policy.model.parameters(), sft.train(more).model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--worked", "1.5"], ["--worked", "0 to 1"]),
+        (["--copies", "0"], ["--copies", "above 0"]),
+        (["--epochs", "-1"], ["--epochs", "above 0"]),
+        (["--task", "poetry"], ["poetry", "arithmetic"]),
+        (["--model", "nowhere"], ["nowhere"]),
+        (["--batch", "3"], ["--batch"]),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2(arguments, words, tmp_path):
+    command = [sys.executable, str(ROOT / "sft.py"), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+    assert all(word in result.stderr for word in ("error", *words)), result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_setting_is_read():
+    source = (ROOT / "sft.py").read_text()
+    body = source[source.index("def new_policy") :]
+    assert [f.name for f in dataclasses.fields(SFTConfig) if f"config.{f.name}" not in body] == []
