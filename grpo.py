@@ -2,7 +2,7 @@
 
     python grpo.py --task arithmetic
 
-One step, numbered as in the loop of `train`:
+One step, numbered as in `train_step` and `update`:
 
 1. take P training prompts;
 2. sample G completions of each from the policy, with their token ids;
@@ -41,15 +41,17 @@ from inference import (
     TokenPolicy,
     append_json,
     choose_device,
+    continue_command,
     evaluate,
     load,
     load_state,
     micro_batches,
     option,
+    out_of_memory,
     parse_settings,
     printable,
     read_json,
-    require_positive,
+    require_numbers,
     results_table,
     run_main,
     save,
@@ -107,17 +109,18 @@ class GRPOConfig:
     overwrite: bool = option(False, "Replace the run that --out holds.")
 
     def __post_init__(self):
-        require_positive(
+        require_numbers(
             self, "steps", "batch_size", "num_inner_updates", "micro_batch_tokens", "learning_rate", "clip_grad_norm",
-            "temperature", "max_new_tokens", "eval_every", "patience", "kl_limit", "save_every",
+            "max_new_tokens", "eval_every", "patience", "kl_limit", "save_every",
         )  # fmt: skip
         if self.num_generations < 2:
             raise UserError(f"--num-generations is {self.num_generations}; a group needs at least 2 to be compared")
-        for name in ("seed", "warmup_steps", "beta", "epsilon", "epsilon_high"):
-            if (getattr(self, name) or 0) < 0:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be 0 or above")
+        if self.temperature < 1e-3:
+            raise UserError(f"--temperature is {self.temperature}; it must be 0.001 or above")
         if self.algorithm not in ALGORITHMS:
             raise UserError(f"--algorithm: no algorithm {self.algorithm!r}; there is {', '.join(ALGORITHMS)}")
+        if self.kl_limit is not None and not self.resolved_algorithm.beta:
+            raise UserError("--kl-limit needs a reference to measure the KL to; give a --beta above 0")
 
     @property
     def resolved_algorithm(self) -> Algorithm:
@@ -177,7 +180,7 @@ def policy_loss(
     if ref_logp is not None:
         kl = kl_penalty(torch.where(mask, logp, 0.0), torch.where(mask, ref_logp, 0.0))
         per_token = per_token + algorithm.beta * kl
-        stats["kl"] = kl.detach().sum()
+        stats |= {"kl": kl.detach().sum(), "kl_clamped": (mask & (ref_logp - logp > 20)).sum()}
     rows = torch.where(mask, per_token, 0.0).sum(1) / mask.sum(1)
     return rows.sum() / (len(rows) if denominator is None else denominator), stats | {"ratio_max": ratio.detach().max()}
 
@@ -197,7 +200,7 @@ def take_prompts(examples: list[Example], step: int, count: int, seed: int) -> l
 def compute_rewards(
     mix: dict[str, tuple[RewardFunction, float]], examples: list[Example], rollout: Rollout, group_size: int
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """Weighted total rewards (P, G) float32 on the CPU, and each function's mean; raises UserError.
+    """Weighted total rewards (P, G) float32 on the CPU, and each function's mean and std; raises UserError.
 
     None is replaced by the function's mean over the group's other rows, and drops out where the group has no value.
     """
@@ -208,6 +211,7 @@ def compute_rewards(
         values = torch.tensor([float("nan") if v is None else v for v in values]).view(-1, group_size)
         values = torch.where(values.isnan(), values.nanmean(1, keepdim=True), values)
         means[f"reward/{name}"] = values.nanmean().item()
+        means[f"reward_std/{name}"] = values[~values.isnan()].std().item()
         total += weight * values.nan_to_num(0.0)
     return total, means
 
@@ -295,13 +299,13 @@ WARNINGS = {  # shown once a run, each in a sentence that names the flag that he
         "9 in 10 completions are cut by the length limit, so hardly any is rewarded: raise --max-new-tokens",
     ),
     "flat": (
-        lambda m: m["zero_std_groups"] == 1,
+        lambda m: m["zero_std_groups"] == 1 and m["accuracy"] < 1,
         "in every group all rewards are equal, so there is nothing to learn from: raise --num-generations or "
         "--temperature, or start from a --model that is right now and then",
     ),
     "format": (
-        lambda m: any(name.endswith("_format") and value == 0 for name, value in m.items()),
-        "no completion has the format that is rewarded: teach it first, with sft.py, and give the result as --model",
+        lambda m: m.get("format") == 0,
+        "no completion has the format of an answer: teach it first, with sft.py, and give the result as --model",
     ),
     "kl": (
         lambda m: m.get("kl", 0) > 1,
@@ -318,7 +322,8 @@ class Progress:
     best_step: int = 0
     best_accuracy: float = -1.0
     stale: int = 0  # evaluations since the best one
-    warned: list[str] = dataclasses.field(default_factory=list)
+    stopped: str | None = None  # why training ended early
+    warned: list = dataclasses.field(default_factory=list)
 
 
 @dataclass
@@ -343,16 +348,20 @@ class Run:
 def prepare(config: GRPOConfig) -> Run:
     """Check the settings, make or load the base policy, and open the run folder, or restore it with --resume."""
     task, device, out = find_task(config.task), choose_device(config.device), Path(config.out)
-    mix = parse_rewards(config.rewards or task.rewards)
+    mix, settings = parse_rewards(config.rewards or task.rewards), dataclasses.asdict(config)
     policy = load(config.model, device, config.temperature) if config.model else None
-    settings = dataclasses.asdict(config)
+    old = None
     if config.resume:
-        write_json(out / "run.json", read_json(out / "run.json") | {"settings": settings})
+        stored = read_json(out / "run.json")
+        old = stored["settings"]
+        write_json(out / "run.json", stored | {"settings": settings})
     else:
+        if policy is None and not config.overwrite and (out / "base").exists():
+            raise UserError(f"--out: {str(out / 'base')!r} exists; start from it with --model, or give --overwrite")
         start_run(config.out, settings, config.overwrite, algorithm=dataclasses.asdict(config.resolved_algorithm))
     if policy is None:
-        base = {"task": config.task, "seed": config.seed, "device": config.device, "overwrite": True}
-        if not config.resume:
+        if not config.resume or not (out / "base" / "model.safetensors").exists():
+            base = {"task": config.task, "seed": config.seed, "device": config.device, "overwrite": True}
             sft.train(sft.SFTConfig(out=str(out / "base"), **base))
         policy = load(out / "base", device, config.temperature)
     data = load_task(task, policy.chat)
@@ -362,8 +371,10 @@ def prepare(config: GRPOConfig) -> Run:
         reference = TokenPolicy(frozen, policy.tokenizer, config.temperature, policy.end_ids)
     optimizer = torch.optim.AdamW(policy.model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     run = Run(config, task, out, policy, reference, optimizer, data, mix, Progress())
-    if config.resume:
-        run.progress = Progress(**load_state(out, policy.model, optimizer))
+    if config.resume and (out / "resume").exists():
+        run.progress = load_state(out, policy.model, optimizer, Progress)
+        if any(old[name] != settings[name] for name in ("steps", "patience", "kl_limit")):
+            run.progress.stopped = None
     else:
         before = evaluate(policy, task, data["held_out"], run.max_new_tokens, samples=4)
         write_json(out / "evaluation.json", {"base": {"step": 0, **before}})
@@ -377,12 +388,14 @@ def train_step(run: Run, step: int) -> dict[str, float]:
     run.optimizer.param_groups[0]["lr"] = config.learning_rate * min(1.0, step / max(1, config.warmup_steps))
     examples = take_prompts(run.data["train"], step, config.batch_size, config.seed)  # (1)
     key = (config.seed, step, 0)
-    rollout = policy.sample(examples, config.num_generations, key, run.max_new_tokens)  # (2)
-    sampled = time.perf_counter()
-    rewards, means = compute_rewards(run.mix, examples, rollout, config.num_generations)  # (3)
-    advantages = group_advantages(rewards).flatten().to(policy.device)  # (4)
     try:
-        learned = update(policy, run.reference, run.optimizer, rollout, advantages, config)  # (5), (6)
+        with out_of_memory("--batch-size, --num-generations or --max-new-tokens"):
+            rollout = policy.sample(examples, config.num_generations, key, run.max_new_tokens)  # (2)
+        sampled = time.perf_counter()
+        rewards, means = compute_rewards(run.mix, examples, rollout, config.num_generations)  # (3)
+        advantages = group_advantages(rewards).flatten().to(policy.device)  # (4)
+        with out_of_memory("--micro-batch-tokens"):
+            learned = update(policy, run.reference, run.optimizer, rollout, advantages, config)  # (5), (6)
     except FloatingPointError as error:
         mend = "the states saved before it are kept: use --resume with a lower --learning-rate"
         raise UserError(f"step {step}: not finite ({error}); {mend}") from error
@@ -391,7 +404,8 @@ def train_step(run: Run, step: int) -> dict[str, float]:
     tokens, seconds = int(rollout.mask.sum()), time.perf_counter() - start
     speed = {"seconds_sample": sampled - start, "seconds": seconds}
     speed |= {"tokens_per_second": tokens / seconds, "tokens_per_second_sample": tokens / (sampled - start)}
-    speed |= {"tokens_per_second_update": tokens * config.num_inner_updates / learned["seconds_update"]}
+    speed["tokens_per_second_score"] = tokens / learned["seconds_score"] if run.reference else 0.0
+    speed["tokens_per_second_update"] = tokens * config.num_inner_updates / learned["seconds_update"]
     return {"step": step, **measured, **means, **learned, **speed}
 
 
@@ -443,33 +457,33 @@ def warn_once(progress: Progress, metrics: dict[str, float], bar: tqdm) -> None:
 def train(config: GRPOConfig) -> Run:
     """Train a policy with GRPO and return the run: its last policy in `run.policy`, the best one in `config.out`."""
     run = prepare(config)
-    progress, stop = run.progress, None
+    progress = run.progress
     print(f"{config.algorithm}: {config.resolved_algorithm}")
     bar = tqdm(desc="grpo", initial=progress.step, total=config.steps, unit="step")
     with bar, Interrupt() as interrupt:
         if progress.best_accuracy < 0:  # nothing measured yet
             append_json(run.out / "metrics.jsonl", {"step": 0, **validate(run, 0, bar)})
             save_progress(run)
-        while progress.step < config.steps and stop is None and not interrupt.signal:
+        while progress.step < config.steps and progress.stopped is None and not interrupt.signal:
             progress.step += 1
             metrics = train_step(run, progress.step)
             if progress.step % config.eval_every == 0 or progress.step == config.steps:
                 metrics |= validate(run, progress.step, bar)
             append_json(run.out / "metrics.jsonl", metrics)
             warn_once(progress, metrics, bar)
-            stop = reason_to_stop(config, progress, metrics)
-            if progress.step % config.save_every == 0 or progress.step == config.steps or stop or interrupt.signal:
+            progress.stopped = reason_to_stop(config, progress, metrics)
+            if progress.step % config.save_every == 0 or progress.step == config.steps or progress.stopped:
                 save_progress(run)
             shown = {"reward": metrics["reward"], "acc": metrics["accuracy"], "kl": metrics.get("kl", float("nan"))}
             speed = {"tok/s": f"{metrics['tokens_per_second']:.0f}"}
             bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()} | speed)
             bar.update()
     if interrupt.signal:
-        again = [*sys.argv, *([] if config.resume else ["--resume"])]
-        print(f"saved after step {progress.step}; continue with: python {shlex.join(again)}", file=sys.stderr)
+        save_progress(run)
+        print(f"saved after step {progress.step}; continue with: {continue_command()}", file=sys.stderr)
         sys.exit(128 + interrupt.signal)
-    if stop:
-        print(f"stopped after step {progress.step}: {stop}")
+    if progress.stopped:
+        print(f"stopped after step {progress.step}: {progress.stopped}")
     return run
 
 
@@ -511,4 +525,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, resumable=True)

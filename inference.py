@@ -4,11 +4,14 @@ Shapes: P prompts, G completions of each, B = P * G rows (prompt-major), L promp
 T completion tokens after right padding, V vocabulary, C hidden size.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
 import math
 import os
+import re
+import shlex
 import shutil
 import signal
 import statistics
@@ -119,11 +122,12 @@ def inverse_cdf(log_probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     The sum runs in float64. The token is the first whose cumulative weight exceeds u * total, so never one of
     probability 0; rounding of u * total up to the total itself gives the last token that has any weight.
     """
-    cumulative = log_probs.exp().cumsum(-1, dtype=torch.float64)
+    cumulative = log_probs.exp().to(uniform.device).cumsum(-1, dtype=torch.float64)
     total = cumulative[:, -1:].contiguous()
     token = torch.searchsorted(cumulative, uniform[:, None] * total, right=True)
     last = torch.searchsorted(cumulative, total, right=False)
-    return torch.minimum(token, last)[:, 0]
+    token = torch.minimum(token, last).clamp(max=log_probs.shape[1] - 1)[:, 0]  # NaN must not give index V either
+    return token.to(log_probs.device)
 
 
 class TokenPolicy:
@@ -195,7 +199,7 @@ class TokenPolicy:
         """Draw `group_size` completions of each example; key is (seed, step, draw), `first` the first prompt's number.
 
         Each prompt is prefilled once and its cache repeated for its group. Greedy takes the likeliest token and ignores
-        the temperature.
+        the temperature. Raises FloatingPointError if the model's log-probabilities are not finite.
         """
         encoded = self.encode([example.prompt for example in examples])
         packed = self.pack(encoded, [[self.pad_id]] * len(encoded), [""] * len(encoded))
@@ -205,9 +209,12 @@ class TokenPolicy:
         hidden = self.model(packed.prompts, **prompt, cache=cache)[group, -1]  # (B, C)
         cache = cache.select(group, room=max_new_tokens - 1)
         key_mask = None if prompt["key_mask"] is None else packed.prompt_mask[group]
-        uniforms = row_uniforms(key, range(first, first + len(encoded)), group_size, max_new_tokens).to(self.device)
+        uniforms = row_uniforms(key, range(first, first + len(encoded)), group_size, max_new_tokens)
+        uniforms = uniforms if self.device.type == "mps" else uniforms.to(self.device)  # mps has no float64
         choose = (lambda log_probs, _: log_probs.argmax(-1)) if greedy else inverse_cdf
         actions, mask, logp = self.decode(hidden, cache, packed.prompt_mask.sum(1)[group], key_mask, uniforms, choose)
+        if not logp.isfinite().all():
+            raise FloatingPointError("the model's log-probabilities are not finite")
         width = int(mask.sum(1).max())
         actions, mask, logp = actions[:, :width], mask[:, :width], logp[:, :width]
         last = actions.gather(1, mask.sum(1, keepdim=True) - 1)[:, 0]
@@ -232,7 +239,7 @@ class TokenPolicy:
         going = torch.ones_like(rows, dtype=torch.bool)  # those of them that have not ended
         for t in range(actions.shape[1]):
             distribution = log_distribution(self.model.logits(hidden), self.temperature)
-            token = choose(distribution, uniforms[rows, t])
+            token = choose(distribution, uniforms[rows.to(uniforms.device), t])
             actions[rows[going], t], mask[rows[going], t] = token[going], True
             logp[rows[going], t] = distribution.gather(1, token[:, None])[going, 0]
             going &= ~torch.isin(token, ends)
@@ -379,14 +386,17 @@ def load(folder: str | Path, device: torch.device, temperature: float = 1.0) -> 
     try:
         model = Llama(LlamaConfig.from_json(values))
     except (ArithmeticError, AttributeError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{folder / 'config.json'}: {error}") from error
+        mend = "give a checkpoint with model_type llama, as sft.py and grpo.py write it"
+        raise UserError(f"{folder / 'config.json'}: {error}; {mend}") from error
     load_weights(folder / "model.safetensors", model)
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast  # AutoTokenizer would import all of torch._dynamo: two seconds
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises a bare Exception for a damaged file
         raise UserError(f"{folder / 'tokenizer.json'} cannot be read ({error}); restore the file") from error
+    if max(tokenizer.get_vocab().values()) >= model.config.vocab_size:
+        raise UserError(f"{folder / 'tokenizer.json'} has more tokens than config.json; restore the file")
     generation = folder / "generation_config.json"
     sources = [values, read_json(generation) if generation.is_file() else {}]
     ends = [source.get("eos_token_id") for source in sources]
@@ -397,8 +407,11 @@ def load(folder: str | Path, device: torch.device, temperature: float = 1.0) -> 
 def start_run(folder: str, settings: dict, overwrite: bool, **more) -> Path:
     """Make a run folder with its run.json; raises UserError if it already holds a run and may not be overwritten."""
     out = Path(folder)
+    if settings["model"] is not None and Path(settings["model"]).resolve() == out.resolve():
+        raise UserError(f"--out: {folder!r} is --model itself, which the run would replace; name another folder")
     if not overwrite and any((out / name).exists() for name in ("run.json", "config.json", "metrics.jsonl")):
-        raise UserError(f"--out: {folder!r} already holds a run; --resume continues it, --overwrite replaces it")
+        mend = "--resume continues it, --overwrite replaces it" if "resume" in settings else "--overwrite replaces it"
+        raise UserError(f"--out: {folder!r} already holds a run; {mend}")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -436,34 +449,56 @@ def save_state(out: Path, step: int, model: Llama, optimizer: torch.optim.Optimi
     atomic_write(partial / "optimizer.safetensors", lambda path: save_file(moments, path))
     write_json(partial / "progress.json", progress)
     if (out / "model.safetensors").exists():
-        os.link(out / "model.safetensors", partial / "best.safetensors")
+        try:
+            os.link(out / "model.safetensors", partial / "best.safetensors")
+        except OSError:  # a file system without hard links
+            shutil.copyfile(out / "model.safetensors", partial / "best.safetensors")
     os.replace(partial, folder)
     atomic_write(out / "resume" / "latest", lambda path: path.write_text(folder.name))
     for old in sorted(path for path in (out / "resume").iterdir() if path.is_dir())[:-2]:
         shutil.rmtree(old)
 
 
-def load_state(out: Path, model: Llama, optimizer: torch.optim.Optimizer) -> dict:
-    """Restore the newest saved state and return its progress; metrics and samples after it are cut off."""
-    pointer = out / "resume" / "latest"
-    if not pointer.is_file():
-        raise UserError(f"--resume: {out} holds no saved state; start the run again with --overwrite")
-    folder = out / "resume" / pointer.read_text().strip()
-    load_weights(folder / "weights.safetensors", model)
-    moments = load_tensors(folder / "optimizer.safetensors")
-    state = optimizer.state_dict()
-    for i, (name, _) in enumerate(model.named_parameters()):
-        keys = [key for key in moments if key.rpartition(" ")[0] == name]
-        state["state"][i] = {key.rpartition(" ")[2]: moments[key] for key in keys}
-    optimizer.load_state_dict(state)
-    progress = read_json(folder / "progress.json")
+def load_state(out: Path, model: Llama, optimizer: torch.optim.Optimizer, progress: type):
+    """Restore the newest saved state and return its progress; metrics and samples after it are cut off.
+
+    Raises UserError, before any file is changed, for a state that is missing or damaged.
+    """
+    try:
+        name = (out / "resume" / "latest").read_text(encoding="utf-8")
+        if not re.fullmatch("[0-9]{6,12}", name):
+            raise ValueError("resume/latest names no state")
+        folder = out / "resume" / name
+        stored = read_json(folder / "progress.json")
+        if stored.keys() != progress.__dataclass_fields__.keys() or stored["step"] != int(name):
+            raise ValueError("progress.json is not of this step")
+        values = progress(**stored)
+        for field in dataclasses.fields(progress):
+            if not isinstance(getattr(values, field.name), field.type):
+                raise ValueError(f"{field.name} in progress.json is not of type {field.type}")
+        load_weights(folder / "weights.safetensors", model)
+        moments = load_tensors(folder / "optimizer.safetensors")
+        state = optimizer.state_dict()
+        for i, (name, weight) in enumerate(model.named_parameters()):
+            if values.step:
+                state["state"][i] = {key: moments[f"{name} {key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+                if not state["state"][i]["exp_avg"].shape == state["state"][i]["exp_avg_sq"].shape == weight.shape:
+                    raise ValueError(f"the moments of {name} have the wrong shape")
+        optimizer.load_state_dict(state)
+        kept = {name: lines_until(out / name, values.step) for name in ("metrics.jsonl", "samples.jsonl")}
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise UserError(f"--resume: the state in {out} is damaged ({error}); use --overwrite to start again") from error
+    for name, text in kept.items():
+        atomic_write(out / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
     if (folder / "best.safetensors").exists():
         atomic_write(out / "model.safetensors", lambda path: shutil.copyfile(folder / "best.safetensors", path))
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        lines = (out / name).read_text(encoding="utf-8").splitlines(keepends=True) if (out / name).exists() else []
-        kept = "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= progress["step"])
-        atomic_write(out / name, lambda path, kept=kept: path.write_text(kept, encoding="utf-8"))
-    return progress
+    return values
+
+
+def lines_until(path: Path, step: int) -> str:
+    """The whole lines of a metrics file up to and including a step."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step)
 
 
 def choose_device(name: str) -> torch.device:
@@ -573,8 +608,10 @@ def parse_settings(settings: type, description: str, may_change: set[str]):
         path = Path(arguments.out) / "run.json"
         if not path.is_file():
             raise UserError(f"--resume: {arguments.out!r} holds no run; leave out --resume to start one")
-        stored = read_json(path)["settings"]
-        parser.set_defaults(**stored | {"resume": True, "overwrite": False})
+        stored = read_json(path).get("settings")
+        if not isinstance(stored, dict) or stored.keys() != settings.__dataclass_fields__.keys():
+            raise UserError(f"--resume: {path} does not hold the settings of such a run; start again with --overwrite")
+        parser.set_defaults(**stored | {"out": arguments.out, "resume": True, "overwrite": False})
         arguments = parser.parse_args()
         changed = sorted(name for name in stored.keys() - may_change if getattr(arguments, name) != stored[name])
         if changed:
@@ -583,12 +620,13 @@ def parse_settings(settings: type, description: str, may_change: set[str]):
     return settings(**vars(arguments))
 
 
-def require_positive(settings, *names: str) -> None:
-    """Raise UserError for the first of these settings that is not above zero."""
-    for name in names:
-        value = getattr(settings, name)
-        if value is not None and not value > 0:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be above 0")
+def require_numbers(settings, *names: str) -> None:
+    """Raise UserError for the first number that is negative or not finite, or zero and among `names`."""
+    for name, value in vars(settings).items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            bound = "above 0" if name in names else "0 or above"
+            if not 0 <= value < math.inf or (value == 0 and name in names):
+                raise UserError(f"--{name.replace('_', '-')} is {value}; it must be {bound}")
 
 
 class Interrupt:
@@ -610,24 +648,43 @@ class Interrupt:
             signal.signal(number, handler)
 
 
-def run_main(main: Callable[[], int | None]) -> None:
+@contextlib.contextmanager
+def out_of_memory(flags: str):
+    """Turn running out of memory into a UserError that names the flags that help."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+            raise
+        raise UserError(f"out of memory; lower {flags}") from error
+
+
+def continue_command() -> str:
+    return "python " + shlex.join([*sys.argv, *([] if "--resume" in sys.argv else ["--resume"])])
+
+
+def run_main(main: Callable[[], int | None], resumable: bool = False) -> None:
     """Run a command: mistakes become one line on stderr and exit status 2, an interrupt its usual status."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a terminal without the character must not stop a run
-    program = Path(sys.argv[0]).name
+
+    def interrupt(number, frame):
+        raise KeyboardInterrupt(number)
+
+    signal.signal(signal.SIGTERM, interrupt)
+    status = 2
     try:
         sys.exit(main())
     except UserError as error:
-        message = printable(" ".join(str(error).split()))  # it may quote a completion
-        status = 2
-    except KeyboardInterrupt:
-        message, status = "interrupted", 128 + signal.SIGINT
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
-            raise
-        message = "out of memory; lower --micro-batch-tokens, then --batch-size or --num-generations"
-        status = 2
-    print(f"{program}: error: {message}", file=sys.stderr)
+        message = str(error)  # it may quote a completion
+    except FloatingPointError as error:
+        message = f"{error}; restore the checkpoint, or train with a lower --learning-rate"
+    except OSError as error:
+        message = f"{error.filename or 'output'}: {error.strerror}; free space, or give a folder that can be written"
+    except KeyboardInterrupt as error:
+        message = f"interrupted; continue with: {continue_command()}" if resumable else "interrupted"
+        status = 128 + (error.args[0] if error.args else signal.SIGINT)
+    print(f"{Path(sys.argv[0]).name}: error: {printable(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(status)
 
 
@@ -653,11 +710,9 @@ class InferenceConfig:
     device: str = option("auto", "Device: auto, cuda, mps or cpu.")
 
     def __post_init__(self):
-        require_positive(self, "samples", "max_new_tokens", "limit")
-        if self.temperature is not None and self.temperature != 0 and not 1e-3 <= self.temperature < math.inf:
+        require_numbers(self, "samples", "max_new_tokens", "limit")
+        if self.temperature is not None and 0 < self.temperature < 1e-3:
             raise UserError(f"--temperature is {self.temperature}; it must be 0 (greedy) or from 0.001 up")
-        if self.seed < 0:
-            raise UserError(f"--seed is {self.seed}; it must be 0 or above")
 
 
 def show_answer(text: str) -> str:
@@ -690,7 +745,7 @@ def compare(config: InferenceConfig, policies: dict[str, TokenPolicy]) -> None:
     for name, policy in policies.items():
         examples = load_task(task, policy.chat)["held_out"][: config.limit]
         width = config.max_new_tokens or task.max_new_tokens
-        samples = config.samples if config.samples > 1 else 4
+        samples = 0 if config.temperature == 0 else max(config.samples, 4)
         results[name] = evaluate(policy, task, examples, width, samples, config.seed)
     print(results_table(results))
 
@@ -705,14 +760,15 @@ def results_table(results: dict[str, dict[str, float]]) -> str:
         return f"{result[key]:.1%}{interval}"
 
     keys = [key for key in next(iter(results.values())) if key != "step" and not key.endswith(("_low", "_high"))]
-    names = [key if key.startswith(("problems", "sampled", "pass")) else f"greedy {key}" for key in keys]
+    greedy = [key if key.startswith(("problems", "sampled", "pass")) else f"greedy {key}" for key in keys]
+    names = [key.replace("_", " ") for key in greedy]
     columns = [["", *names]] + [[name, *(cell(result, key) for key in keys)] for name, result in results.items()]
     widths = [max(map(len, column)) for column in columns]
     lines = zip(*columns, strict=True)
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip().replace("_", " ") for line in lines)
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
-def main() -> None:
+def main() -> int:
     parser = parser_for(InferenceConfig, "Ask a trained policy a question, or evaluate it on held-out problems.")
     parser.add_argument(
         "question", nargs="?", help="The question; without it, one question a line from standard input."
@@ -720,17 +776,34 @@ def main() -> None:
     arguments = vars(parser.parse_args())
     question = arguments.pop("question")
     config = InferenceConfig(**arguments)
+    if config.eval and question is not None:
+        raise UserError(f"--eval takes no question, but there is {question!r}; leave out the one or the other")
     device = choose_device(config.device)
     find_task(config.task)
     temperature = config.temperature or 1.0
     policies = {name: load(name, device, temperature) for name in config.model}
-    if config.eval:
-        compare(config, policies)
-        return
-    if question is None and sys.stdin.isatty():
+    with out_of_memory("--samples or --max-new-tokens"):
+        if config.eval:
+            compare(config, policies)
+        elif question is not None:
+            answer_question(config, question, policies)
+        else:
+            return answer_lines(config, policies)
+    return 0
+
+
+def answer_lines(config: InferenceConfig, policies: dict[str, TokenPolicy]) -> int:
+    """Answer one question a line from standard input; a bad one is named and skipped. Returns the exit status."""
+    status = 0
+    if sys.stdin.isatty():
         print("Type a question, such as: What is (4 - 9) * 6?  (end with Ctrl-D)", file=sys.stderr)
-    for line in [question] if question is not None else map(str.strip, sys.stdin):
-        answer_question(config, line, policies)
+    for line in filter(None, map(str.strip, sys.stdin)):
+        try:
+            answer_question(config, line, policies)
+        except UserError as error:
+            print(f"inference.py: error: {error}", file=sys.stderr)
+            status = 2
+    return status
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ Shapes: B rows, T new tokens, L tokens in the cache after this call, H attention
 D width of a head, C hidden size, V vocabulary.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -68,12 +68,14 @@ class LlamaConfig:
         missing = [name for name in cls.__dataclass_fields__ if name not in known and name != "initializer_range"]
         if missing:
             raise ValueError(f"{', '.join(missing)} is missing")
+        for field in fields(cls):
+            value, kinds = known.get(field.name), (int, float) if field.type is float else field.type
+            if value is not None and (not isinstance(value, kinds) or isinstance(value, bool) != (field.type is bool)):
+                raise ValueError(f"{field.name} is {value!r}, not of type {field.type.__name__}")
         config = cls(**known)
-        if (
-            config.hidden_size % config.num_attention_heads
-            or values.get("head_dim", config.head_dim) != config.head_dim
-        ):
-            raise ValueError("head_dim times num_attention_heads is not hidden_size")
+        size = (values.get("head_dim") or config.head_dim) * config.num_attention_heads
+        if size != config.hidden_size:
+            raise ValueError(f"head_dim times num_attention_heads is {size}, not hidden_size {config.hidden_size}")
         return config
 
 

@@ -7,7 +7,9 @@ searched with bounded patterns and converted with `int`, never evaluated.
 
 import importlib.util
 import math
+import numbers
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -84,10 +86,10 @@ def apply_reward(name: str, function: RewardFunction, examples, rollout, **extra
         count = len(values) if isinstance(values, (list, tuple)) else type(values).__name__
         raise UserError(f"reward {name} returned {count} for {len(prompts)} completions; return a list of that length")
     for row, value in enumerate(values):
-        number = isinstance(value, (int, float)) and abs(value) < 2.0**127  # the total is summed in float32
+        number = isinstance(value, numbers.Real) and abs(value) < 2.0**127  # the total is summed in float32
         if value is not None and not number:
             raise UserError(f"reward {name} returned {value!r} for row {row}; return finite numbers or None")
-    return list(values)
+    return [None if value is None else float(value) for value in values]
 
 
 def parse_rewards(text: str) -> dict[str, tuple[RewardFunction, float]]:
@@ -116,8 +118,8 @@ def load_function(source: str) -> RewardFunction:
     path, _, name = source.rpartition(":")
     if not Path(path).is_file():
         raise UserError(f"--rewards: no file {path!r}; give the path of a Python file, as in my_file.py:my_reward=1")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
+    spec = importlib.util.spec_from_file_location(f"reward_{Path(path).stem}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except Exception as error:

@@ -26,8 +26,9 @@ from inference import (
     load,
     micro_batches,
     option,
+    out_of_memory,
     parser_for,
-    require_positive,
+    require_numbers,
     results_table,
     run_main,
     save,
@@ -61,15 +62,10 @@ class SFTConfig:
     overwrite: bool = option(False, "Replace the run that --out holds.")
 
     def __post_init__(self):
-        require_positive(
-            self, "epochs", "batch_size", "micro_batch_tokens", "learning_rate", "clip_grad_norm", "copies"
-        )
+        require_numbers(self, "epochs", "batch_size", "micro_batch_tokens", "learning_rate", "clip_grad_norm", "copies")
         for name in ("worked", "wrong"):
-            if not 0 <= getattr(self, name) <= 1:
+            if getattr(self, name) > 1:
                 raise UserError(f"--{name} is {getattr(self, name)}; it is a fraction from 0 to 1")
-        for name in ("seed", "warmup_steps", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be 0 or above")
 
 
 def new_policy(texts: list[str], seed: int, device: torch.device) -> TokenPolicy:
@@ -131,7 +127,8 @@ def train(config: SFTConfig) -> TokenPolicy:
     for step, rows in enumerate(bar, 1):
         batch = policy.pack(*([column[i] for i in rows] for column in (prompts, completions, [t for _, t in pairs])))
         optimizer.param_groups[0]["lr"] = learning_rate_at(config, step, steps)
-        loss = cross_entropy_backward(policy, batch, config.micro_batch_tokens)
+        with out_of_memory("--micro-batch-tokens"):
+            loss = cross_entropy_backward(policy, batch, config.micro_batch_tokens)
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip_grad_norm).item()
         if not np.isfinite(norm + loss):
             raise UserError(f"step {step}: loss {loss} or gradient {norm} is not finite; lower --learning-rate")

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from rewards import RewardFunction, UserError, answer_exact, text_of
+from rewards import RewardFunction, UserError, answer_exact, answer_format, text_of
 
 OPERATIONS = {"+": lambda x, y: x + y, "-": lambda x, y: x - y, "*": lambda x, y: x * y}
 
@@ -86,7 +86,7 @@ TASKS = {
             load=arithmetic,
             rewards="answer_format=0.2,answer_near=0.2,answer_exact=0.6",
             accuracy=answer_exact,
-            metrics={"working": shows_working},
+            metrics={"working": shows_working, "format": answer_format},
             chat_instruction="Work it out step by step, then end with the number in <answer>...</answer>.",
             max_new_tokens=32,
         )

@@ -1,10 +1,12 @@
 """The algorithm's functions against exact values, one update against an independent one, and the run as a whole."""
 
 import dataclasses
+import inspect
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import settings as settings_of_hypothesis
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -96,6 +101,24 @@ def test_advantages_are_per_row_of_the_rewards_and_sum_to_zero():
     alone = torch.cat([group_advantages(row[None]) for row in rewards])
     torch.testing.assert_close(together, alone, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(together.sum(1), torch.zeros(5, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+numbers = st.floats(-100, 100, width=32)
+groups = st.integers(2, 9).flatmap(lambda size: st.lists(st.lists(numbers, min_size=size, max_size=size), min_size=1))
+
+
+@settings_of_hypothesis(deadline=None)
+@given(groups, st.floats(-50, 50, width=32))
+def test_advantages_of_any_rewards(rows, shift):
+    """They sum to zero, do not change when all rewards rise alike, and follow the order of the rewards."""
+    rewards = torch.tensor(rows, dtype=torch.float64)
+    advantages = group_advantages(rewards)
+    torch.testing.assert_close(advantages.sum(1), torch.zeros(len(rows), dtype=torch.float64), rtol=0, atol=1e-6)
+    torch.testing.assert_close(group_advantages(rewards + shift), advantages, rtol=1e-6, atol=1e-6)
+    order = torch.randperm(rewards.shape[1], generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(group_advantages(rewards[:, order]), advantages[:, order], rtol=1e-6, atol=1e-9)
+    flat = rewards.amax(1) == rewards.amin(1)
+    assert not advantages[flat].any()
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.1, 0.2 + 0.2 + 0.6, 1e6])
@@ -243,7 +266,8 @@ def test_rewards_are_weighted_and_a_missing_one_is_the_mean_of_its_group():
     }
     total, means = compute_rewards(mix, examples, rollout, 3)
     torch.testing.assert_close(total, torch.tensor([[1.0, 2.1, 1.7], [0.3, 0.4, 0.5]]))
-    assert means == pytest.approx({"reward/whole": 1.5, "reward/other": 2.5})
+    stds = {"reward_std/whole": 0.5, "reward_std/other": math.sqrt(3.5)}
+    assert means == pytest.approx({"reward/whole": 1.5, "reward/other": 2.5} | stds)
 
 
 # --- Update -----------------------------------------------------------------------------------------------------
@@ -436,6 +460,22 @@ def test_patience_and_kl_limit_stop_early(base, tmp_path, small_task, capsys):
     assert run.progress.step == 2 and "--patience" in capsys.readouterr().out
 
 
+def test_kl_and_flat_warnings():
+    calm = {"step": 3, "truncated": 0.0, "zero_std_groups": 0.5, "accuracy": 0.5, "format": 0.5, "kl": 0.1}
+
+    class Bar(list):
+        def write(self, text, file):
+            self.append(text)
+
+    for change, words in (({}, []), ({"kl": 2.0}, ["--beta"]), ({"zero_std_groups": 1.0, "accuracy": 1.0}, [])):
+        bar = Bar()
+        for _ in range(2):
+            grpo.warn_once(progress := grpo.Progress(), calm | change, bar)
+            grpo.warn_once(progress, calm | change, bar)
+            assert len(bar) == len(words) and all(word in text for word, text in zip(words, bar, strict=True))
+            bar.clear()
+
+
 def test_warnings_name_the_flag_and_come_once(base, tmp_path, small_task, capsys):
     grpo.train(settings(base, tmp_path / "run", rewards="answer_format=0.2,answer_exact=0.8"))
     text = capsys.readouterr().err
@@ -453,10 +493,11 @@ def test_every_setting_is_read():
 
 
 def test_the_loop_uses_the_numbers_of_the_docstring():
-    source = (ROOT / "grpo.py").read_text()
     numbers = re.findall(r"^(\d)\. ", grpo.__doc__, re.MULTILINE)
     assert numbers == list("123456")
-    assert all(f"# ({number})" in source or f"({number})" in source.split('"""', 2)[2] for number in numbers)
+    code = inspect.getsource(grpo.train_step) + inspect.getsource(grpo.update)
+    marked = set(re.findall(r"\((\d)\)", " ".join(re.findall(r"#.*", code))))
+    assert marked == set(numbers)
 
 
 # --- Command line -----------------------------------------------------------------------------------------------
@@ -478,8 +519,12 @@ def command(*arguments: str, cwd: Path = ROOT, **more) -> subprocess.CompletedPr
         (["--num-generations", "1"], ["--num-generations", "at least 2"]),
         (["--steps", "0"], ["--steps", "above 0"]),
         (["--batch-size", "-3"], ["--batch-size", "above 0"]),
-        (["--temperature", "nan"], ["--temperature", "above 0"]),
+        (["--temperature", "nan"], ["--temperature", "nan"]),
         (["--beta", "-1"], ["--beta"]),
+        (["--beta", "nan"], ["--beta"]),
+        (["--learning-rate", "inf"], ["--learning-rate"]),
+        (["--temperature", "1e-300"], ["--temperature", "0.001"]),
+        (["--kl-limit", "0.1", "--beta", "0"], ["--kl-limit", "--beta"]),
         (["--seed", "-1"], ["--seed"]),
         (["--device", "toaster"], ["toaster", "cpu"]),
         (["--model", "no_such_folder"], ["no_such_folder", "grpo.py"]),
@@ -525,6 +570,98 @@ def test_signals_finish_the_step_and_the_printed_command_continues(base, tmp_pat
     )
     assert result.returncode == 0, result.stderr
     assert json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["step"] == saved + 2
+
+
+def test_the_base_is_never_the_victim(base, tmp_path, small_task):
+    """Neither --model itself nor a user's own OUT/base may be replaced by accident."""
+    weights = (base / "model.safetensors").read_bytes()
+    with pytest.raises(UserError, match="--model itself"):
+        grpo.train(settings(base, base, overwrite=True))
+    shutil.copytree(base, tmp_path / "run" / "base")
+    with pytest.raises(UserError, match="--overwrite"):
+        grpo.train(dataclasses.replace(settings(base, tmp_path / "run"), model=None))
+    assert (tmp_path / "run" / "base" / "model.safetensors").read_bytes() == weights
+    assert (base / "model.safetensors").read_bytes() == weights
+
+
+@pytest.fixture(scope="module")
+def finished(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        task = tasks.TASKS["arithmetic"]
+        few = {name: part[:4] for name, part in task.load().items()}
+        patch.setitem(tasks.TASKS, "arithmetic", dataclasses.replace(task, load=lambda **_: few))
+        grpo.train(settings(base, folder))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("resume/latest", "../../elsewhere/resume/000002"),
+        ("resume/latest", b"\xff\xfe"),
+        ("resume/latest", "000099"),
+        ("resume/000004/progress.json", "{}"),
+        ("resume/000004/progress.json", '{"step": "a"}'),
+        ("resume/000004/progress.json", '{"strange": 1}'),
+        ("resume/000004/progress.json", "[1"),
+        ("resume/000004/weights.safetensors", b"garbage"),
+        ("resume/000004/optimizer.safetensors", b"\x02\0\0\0\0\0\0\0{}"),  # whole, but empty
+        ("metrics.jsonl", '{"step": 0}\nnonsense\n'),
+        ("samples.jsonl", b"\xff\xfe\n"),
+    ],
+)
+def test_damaged_state_is_one_line_and_changes_nothing(finished, base, tmp_path, small_task, name, content):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    content = content if isinstance(content, bytes) else content.encode()
+    (out / name).write_bytes(content)
+    best, metrics = (out / "model.safetensors").read_bytes(), (out / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match="--resume"):
+        grpo.train(settings(base, out, resume=True, steps=6))
+    assert (out / "model.safetensors").read_bytes() == best and (out / "metrics.jsonl").read_bytes() == metrics
+
+
+@pytest.mark.parametrize("stored", ["{}", '{"settings": 3}', '{"settings": {"epochs": 1}}', "[]", "{"])
+def test_damaged_run_json_is_one_line(tmp_path, stored, monkeypatch):
+    (tmp_path / "run.json").write_text(stored)
+    monkeypatch.setattr(sys, "argv", ["grpo.py", "--out", str(tmp_path), "--resume"])
+    with pytest.raises(UserError, match="run.json"):
+        inference.parse_settings(GRPOConfig, "", grpo.MAY_CHANGE)
+
+
+def test_a_renamed_run_resumes_where_it_is_now(finished, tmp_path, monkeypatch):
+    shutil.copytree(finished, tmp_path / "saved_model")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["grpo.py", "--resume"])
+    assert inference.parse_settings(GRPOConfig, "", grpo.MAY_CHANGE).out == "saved_model"
+
+
+def test_resume_after_an_early_stop_trains_no_further(base, tmp_path, small_task):
+    first = grpo.train(settings(base, tmp_path / "run", patience=1))
+    again = grpo.train(settings(base, tmp_path / "run", patience=1, resume=True))
+    assert same(weights_of(first), weights_of(again)) and again.progress == first.progress
+    further = grpo.train(settings(base, tmp_path / "run", patience=9, resume=True))
+    assert further.progress.step == 4
+
+
+def test_interrupt_between_save_and_loop_still_saves(base, tmp_path, small_task, monkeypatch):
+    monkeypatch.setattr(grpo, "reason_to_stop", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(SystemExit) as stopped:
+        grpo.train(settings(base, tmp_path / "run", save_every=100))
+    assert stopped.value.code == 130 and (tmp_path / "run" / "resume" / "latest").read_text() == "000001"
+
+
+@pytest.mark.parametrize(("fails", "flag"), [("sample", "--num-generations"), ("log_probs", "--micro-batch-tokens")])
+def test_out_of_memory_names_the_flag(base, tmp_path, small_task, monkeypatch, fails, flag):
+    run = grpo.prepare(settings(base, tmp_path / "run"))
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(TokenPolicy, fails, full)
+    with pytest.raises(UserError, match=flag):
+        grpo.train_step(run, 1)
 
 
 def test_resume_refuses_to_become_another_run(base, tmp_path, small_task, monkeypatch):

@@ -28,6 +28,7 @@ from inference import (
     load_state,
     log_distribution,
     micro_batches,
+    out_of_memory,
     pass_at_k,
     printable,
     results_table,
@@ -39,6 +40,7 @@ from inference import (
     start_run,
     wilson,
 )
+from model_toy import character_tokenizer
 from rewards import UserError
 from tasks import Example, find_task
 
@@ -95,9 +97,10 @@ def test_shapes_of_a_rollout(case):
 
 
 @pytest.mark.parametrize("share_prompts", [True, False])
-def test_scorer_is_transformers(case, share_prompts):
+def test_scorer_is_transformers(case, share_prompts, monkeypatch):
     """Log-probabilities and exact entropies of each row by another implementation, alone and without padding."""
     policy, reference, rollout = case
+    monkeypatch.setattr(policy, "joined_hidden" if share_prompts else "shared_hidden", None)  # not the other pass
     with torch.no_grad():
         logp, entropy = policy.log_probs(rollout, share_prompts)
     assert logp.dtype == entropy.dtype == torch.float32
@@ -409,6 +412,17 @@ def test_log_distribution_works_in_float32():
     torch.testing.assert_close(actual.double(), expected, rtol=1e-6, atol=1e-6)
 
 
+def test_weights_that_are_not_finite_are_an_error_not_a_token(random_policy):
+    policy = random_policy()
+    with torch.no_grad():
+        policy.model.model.norm.weight[0] = float("nan")
+    for greedy in (False, True):
+        with pytest.raises(FloatingPointError, match="not finite"):
+            sample(policy, greedy=greedy)
+    token = inverse_cdf(torch.full((1, 5), float("nan")), torch.tensor([0.5], dtype=torch.float64))
+    assert 0 <= token.item() < 5
+
+
 def test_row_uniforms_are_these_on_every_machine():
     expected = [
         [0.5998858591544199, 0.7456635094685379, 0.04998757583934921],
@@ -606,6 +620,14 @@ def test_a_checkpoint_holds_no_pickle(random_policy, tmp_path):
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")  # tied: written once
 
 
+def test_both_configs_of_a_checkpoint_name_the_end_and_pad_ids(random_policy, tmp_path):
+    policy = random_policy(end=ENDS)
+    save(policy, tmp_path)
+    for name in ("config.json", "generation_config.json"):
+        values = json.loads((tmp_path / name).read_text())
+        assert (values["eos_token_id"], values["pad_token_id"]) == (policy.end_ids, policy.pad_id)
+
+
 def test_every_end_id_of_config_and_generation_config_counts(random_policy, tmp_path):
     save(random_policy(), tmp_path)
     for name, ends in (("config.json", 7), ("generation_config.json", [8, 9])):
@@ -628,6 +650,10 @@ def write(name: str, text: str):
 
 def rename(old: str, new: str):
     return lambda folder: (folder / old).rename(folder / new)
+
+
+def larger_tokenizer() -> str:
+    return character_tokenizer(["0123456789()+-*=;?abcdefgh"]).backend_tokenizer.to_str()
 
 
 def cut(name: str):
@@ -655,6 +681,7 @@ def cut(name: str):
         (write("tokenizer.json", "{}"), ["tokenizer.json cannot be read"]),
         (cut("tokenizer.json"), ["tokenizer.json cannot be read"]),
         (write("tokenizer_config.json", "garbage"), ["tokenizer_config.json cannot be read"]),
+        (write("tokenizer.json", larger_tokenizer()), ["tokenizer.json has more tokens than config.json"]),
         (edit_json("config.json", model_type="gpt2"), ["config.json: model_type is 'gpt2'"]),
         (edit_json("config.json", vocab_size="deleted"), ["config.json: vocab_size is missing"]),
         (edit_json("config.json", hidden_size="32"), ["config.json: "]),
@@ -707,25 +734,31 @@ def test_atomic_write_leaves_the_old_file_if_the_writer_fails(tmp_path):
 
 
 def test_a_run_is_not_overwritten_unasked(tmp_path):
-    out = start_run(str(tmp_path / "run"), {"seed": 1}, overwrite=False)
+    out = start_run(str(tmp_path / "run"), {"model": None, "seed": 1}, overwrite=False)
     run = json.loads((out / "run.json").read_text())
-    assert run["settings"] == {"seed": 1} and run["versions"]["torch"] == torch.__version__
+    assert run["settings"] == {"model": None, "seed": 1} and run["versions"]["torch"] == torch.__version__
     (out / "metrics.jsonl").write_text("{}\n")
     (out / "resume").mkdir()
     with pytest.raises(UserError, match="already holds a run; --resume continues it, --overwrite replaces it"):
-        start_run(str(out), {"seed": 2}, overwrite=False)
+        start_run(str(out), {"model": None, "resume": False, "seed": 2}, overwrite=False)
     assert (out / "metrics.jsonl").exists() and json.loads((out / "run.json").read_text()) == run
-    start_run(str(out), {"seed": 2}, overwrite=True)
+    start_run(str(out), {"model": None, "resume": False, "seed": 2}, overwrite=True)
     assert not (out / "metrics.jsonl").exists() and not (out / "resume").exists()
     (tmp_path / "file").write_text("mine")
     for folder in (tmp_path / "file", tmp_path / "file" / "run"):
         for overwrite in (False, True):
             with pytest.raises(UserError, match="cannot be made"):
-                start_run(str(folder), {}, overwrite)
+                start_run(str(folder), {"model": None}, overwrite)
     assert (tmp_path / "file").read_text() == "mine"
 
 
 # --- Saved states ---------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Progress:
+    step: int
+    best: float = 0.5
 
 
 def step(policy: TokenPolicy, optimizer: torch.optim.Optimizer, number: int) -> None:
@@ -759,14 +792,16 @@ def interrupted(random_policy, tmp_path):
         if number in (1, 2, 10):
             (tmp_path / "model.safetensors").unlink(missing_ok=True)
             (tmp_path / "model.safetensors").write_bytes(b"best at %d" % number)
-            save_state(tmp_path, number, policy.model, optimizer, {"step": number, "best": 0.5})
+            save_state(tmp_path, number, policy.model, optimizer, {"step": number, "best": 0.25})
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        (tmp_path / name).write_text("".join(f'{{"step": {number}, "text": "→"}}\n' for number in range(13)))
     return tmp_path, kept
 
 
 def test_a_run_continues_from_its_saved_state_bit_by_bit(interrupted, random_policy):
     out, kept = interrupted
     policy, optimizer = with_optimizer(random_policy(seed=9))
-    assert load_state(out, policy.model, optimizer) == {"step": 10, "best": 0.5}
+    assert load_state(out, policy.model, optimizer, Progress) == Progress(10, 0.25)
     assert same(weights_of(policy), kept[10])
     for number in (11, 12):
         step(policy, optimizer, number)
@@ -783,15 +818,14 @@ def test_only_the_newest_two_states_stay(interrupted):
 
 def test_metrics_are_cut_back_to_the_saved_step(interrupted, random_policy):
     out, _ = interrupted
-    lines = [json.dumps({"step": number, "reward": 0.1}) + "\n" for number in range(13)]
-    (out / "metrics.jsonl").write_text("".join(lines) + '{"step": 13, "rew')
-    (out / "samples.jsonl").write_text('{"step": 10, "text": "→"}\n{"step": 11, "text": "b"}\n')
-    load_state(out, *reversed_pair(random_policy))
-    assert (out / "metrics.jsonl").read_text() == "".join(lines[:11])
-    assert (out / "samples.jsonl").read_text() == '{"step": 10, "text": "→"}\n'
+    kept = "".join(f'{{"step": {number}, "text": "→"}}\n' for number in range(11))
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"step": 13, "rew')
+    load_state(out, *model_and_optimizer(random_policy), Progress)
+    assert (out / "metrics.jsonl").read_text() == (out / "samples.jsonl").read_text() == kept
 
 
-def reversed_pair(random_policy) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+def model_and_optimizer(random_policy) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     policy, optimizer = with_optimizer(random_policy())
     return policy.model, optimizer
 
@@ -799,7 +833,7 @@ def reversed_pair(random_policy) -> tuple[torch.nn.Module, torch.optim.Optimizer
 def test_the_best_checkpoint_is_that_of_the_saved_step(interrupted, random_policy):
     out, _ = interrupted
     atomic_write(out / "model.safetensors", lambda path: path.write_bytes(b"best at 12"))
-    load_state(out, *reversed_pair(random_policy))
+    load_state(out, *model_and_optimizer(random_policy), Progress)
     assert (out / "model.safetensors").read_bytes() == b"best at 10"
 
 
@@ -810,11 +844,11 @@ def test_a_half_written_state_is_ignored_and_replaced(interrupted, random_policy
     (out / "resume" / ".partial" / "weights.safetensors").write_bytes(b"half")
     (out / "resume" / "000012").mkdir()
     policy, optimizer = with_optimizer(random_policy(seed=9))
-    assert load_state(out, policy.model, optimizer)["step"] == 10
+    assert load_state(out, policy.model, optimizer, Progress).step == 10
     assert same(weights_of(policy), kept[10])
-    save_state(out, 12, policy.model, optimizer, {"step": 12})
+    save_state(out, 12, policy.model, optimizer, dataclasses.asdict(Progress(12)))
     assert sorted(path.name for path in (out / "resume").iterdir()) == ["000010", "000012", "latest"]
-    assert load_state(out, policy.model, optimizer) == {"step": 12}
+    assert load_state(out, policy.model, optimizer, Progress) == Progress(12)
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.safetensors", "progress.json"])
@@ -822,13 +856,46 @@ def test_a_half_written_state_is_ignored_and_replaced(interrupted, random_policy
 def test_a_damaged_state_is_an_error_that_names_the_file(interrupted, random_policy, name, edit):
     out, _ = interrupted
     edit(name)(out / "resume" / "000010")
-    with pytest.raises(UserError, match=f"000010/{name} cannot be read"):
-        load_state(out, *reversed_pair(random_policy))
+    before = (out / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match=f"--resume: .*000010/{name}.*--overwrite"):
+        load_state(out, *model_and_optimizer(random_policy), Progress)
+    assert (out / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("resume/latest", ""),
+        ("resume/latest", "../../elsewhere"),
+        ("resume/latest", "000011"),
+        ("resume/000010/progress.json", "{}"),
+        ("resume/000010/progress.json", '{"step": "10"}'),
+        ("resume/000010/progress.json", '{"step": 10, "luck": 1}'),
+        ("metrics.jsonl", '{"step": 1}\nno json\n'),
+        ("samples.jsonl", '{"reward": 1}\n'),
+    ],
+)
+def test_a_state_with_odd_content_is_refused(interrupted, random_policy, file, text):
+    out, _ = interrupted
+    (out / file).write_text(text)
+    with pytest.raises(UserError, match="--resume: .* damaged .*--overwrite"):
+        load_state(out, *model_and_optimizer(random_policy), Progress)
 
 
 def test_a_run_without_a_saved_state_says_so(tmp_path, random_policy):
-    with pytest.raises(UserError, match="--resume: .* holds no saved state"):
-        load_state(tmp_path, *reversed_pair(random_policy))
+    with pytest.raises(UserError, match="--resume: .*latest.*--overwrite"):
+        load_state(tmp_path, *model_and_optimizer(random_policy), Progress)
+
+
+def test_the_state_is_saved_where_there_are_no_hard_links(tmp_path, random_policy, monkeypatch):
+    def fail(*_):
+        raise OSError("not supported")
+
+    monkeypatch.setattr("os.link", fail)
+    (tmp_path / "model.safetensors").write_bytes(b"best")
+    model, optimizer = model_and_optimizer(random_policy)
+    save_state(tmp_path, 0, model, optimizer, {"step": 0})
+    assert (tmp_path / "resume" / "000000" / "best.safetensors").read_bytes() == b"best"
 
 
 # --- Command line ---------------------------------------------------------------------------------------------------
@@ -886,6 +953,7 @@ def run(monkeypatch, capsys, *words: object, text: str = "") -> tuple[int, str, 
     """The command in this process: exit status, stdout, stderr."""
     monkeypatch.setattr(sys, "argv", ["inference.py", *map(str, words)])
     monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    monkeypatch.setattr(inference.signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit) as caught:
         run_main(inference.main)
     captured = capsys.readouterr()
@@ -909,6 +977,9 @@ def test_questions_come_from_standard_input(monkeypatch, capsys, folders):
     text = "What is (4 - 9) * 6?\nWhat is 1?\n"
     status, out, err = run(monkeypatch, capsys, "--model", folders / "seven", text=text)
     assert (status, out, err) == (0, "→  7\n→  7\n", "")
+    status, out, err = run(monkeypatch, capsys, "--model", folders / "seven", text=f"é\n\n{text}")
+    assert (status, out) == (2, "→  7\n→  7\n")  # a bad line is named, a blank one skipped
+    assert err.startswith("inference.py: error: ") and "é" in err and err.count("\n") == 1
 
 
 def test_samples_are_drawn_at_a_temperature(monkeypatch, capsys, folders):
@@ -950,6 +1021,7 @@ def test_eval_prints_a_table(monkeypatch, capsys, folders):
         (["q", "--sample", "2"], ["--sample"]),  # no abbreviations
         (["q", "--model"], ["--model"]),
         (["q", "--model", "nowhere"], ["'nowhere'", "python grpo.py --task arithmetic --out nowhere"]),
+        (["q", "--eval", "--model", "seven"], ["--eval"]),
         (["q", "--device", "abacus"], ["--device", "'abacus'"]),
         (["--eval", "--task", "chess"], ["--task", "'chess'", "arithmetic"]),
         ([" ", "--model", "seven"], ["empty"]),
@@ -976,13 +1048,32 @@ def test_run_main_passes_statuses_on(monkeypatch, capsys):
         return caught.value.code, capsys.readouterr().err
 
     monkeypatch.setattr(sys, "argv", ["/some/where/grpo.py"])
+    monkeypatch.setattr(inference.signal, "signal", lambda *_: None)
     assert end() == (None, "")
     assert end(UserError("two\nlines  \x1b[2J")) == (2, "grpo.py: error: two lines \\x1b[2J\n")
     assert end(KeyboardInterrupt()) == (130, "grpo.py: error: interrupted\n")
-    status, err = end(torch.OutOfMemoryError("CUDA out of memory"))
-    assert status == 2 and "--micro-batch-tokens" in err
+    assert end(KeyboardInterrupt(15)) == (143, "grpo.py: error: interrupted\n")
+    status, err = end(FloatingPointError("the loss is nan"))
+    assert status == 2 and err.startswith("grpo.py: error: the loss is nan; ") and err.count("\n") == 1
+    status, err = end(OSError(28, "No space left on device", "run/metrics.jsonl"))
+    assert (status, err.partition(";")[0]) == (2, "grpo.py: error: run/metrics.jsonl: No space left on device")
     with pytest.raises(RuntimeError, match="a bug"):  # which must not look like a mistake of the user's
         end(RuntimeError("a bug"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_running_out_of_memory_names_the_flags_that_help(error):
+    with pytest.raises(UserError, match="out of memory; lower --samples"), out_of_memory("--samples"):
+        raise error
+    with pytest.raises(RuntimeError, match="a bug"), out_of_memory("--samples"):
+        raise RuntimeError("a bug")
 
 
 def test_settings_are_all_on_the_command_line():

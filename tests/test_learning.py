@@ -11,7 +11,7 @@ import tasks
 from inference import evaluate, load
 
 SAMPLES = 4
-SMALL = {"steps": 12, "batch_size": 16, "num_generations": 12, "learning_rate": 3e-4, "eval_every": 100}
+SMALL = {"steps": 16, "batch_size": 24, "num_generations": 12, "eval_every": 100}
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +49,15 @@ def test_grpo_learns_to_show_its_working(small_task, base, tmp_path):
     assert after["accuracy_low"] > before["accuracy_high"], (before, after)
 
 
-def test_shuffled_rewards_teach_nothing(small_task, base, tmp_path):
-    """The negative control: the same rewards, dealt to the wrong completions."""
+@pytest.mark.parametrize("seed", [0, 1])
+def test_shuffled_rewards_teach_nothing(small_task, base, tmp_path, seed):
+    """The negative control: the same rewards and budget, but each reward dealt to a random completion.
+
+    The bound is a third of what the true rewards gain; what is left is the random walk of a few noisy steps.
+    """
     before = measure(load(base, "cpu"), small_task)
     shuffled = f"{Path(__file__).parent / 'shuffled.py'}:shuffled=1"
-    run = grpo.train(grpo.GRPOConfig(model=str(base), out=str(tmp_path / "run"), rewards=shuffled, **SMALL))
-    after = measure(run.policy, small_task)
-    assert after["sampled_accuracy"] < before["sampled_accuracy"] + 0.1, (before, after)
-    assert after["sampled_working"] < before["sampled_working"] + 0.15, (before, after)
+    config = grpo.GRPOConfig(model=str(base), out=str(tmp_path / "run"), rewards=shuffled, seed=seed, **SMALL)
+    after = measure(grpo.train(config).policy, small_task)
+    assert abs(after["sampled_accuracy"] - before["sampled_accuracy"]) < 0.1, (before, after)
+    assert abs(after["sampled_working"] - before["sampled_working"]) < 0.2, (before, after)

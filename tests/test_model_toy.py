@@ -132,6 +132,7 @@ def test_a_saved_policy_opens_in_transformers(random_policy, reopen):
     assert tokenizer.decode(ids) == policy.tokenizer.decode(ids) == text.replace(" ", "")
     config = json.loads((folder / "config.json").read_text())
     assert config["head_dim"] == 8 and config["model_type"] == "llama"
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 100.0  # for transformers 4 and 5
     assert config["eos_token_id"] == tokenizer.eos_token_id and config["pad_token_id"] == tokenizer.pad_token_id
 
 

@@ -54,7 +54,7 @@ def test_tables_are_the_committed_results():
     printed = subprocess.run([sys.executable, str(ROOT / "results" / "table.py")], capture_output=True, text=True)
     rows = [line for line in printed.stdout.splitlines() if line.startswith("| ") and "seed 0" not in line]
     assert rows and all(row in README for row in rows if "---" not in row)
-    assert printed.stdout.splitlines()[-1].partition(", ")[2] in README
+    assert printed.stdout.splitlines()[-1].partition(": ")[2] in README
 
 
 def test_line_counts_are_true():

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from rewards import UserError, answer_exact, answer_format, answer_near, apply_reward, parse_rewards
@@ -106,6 +107,11 @@ def test_a_reward_gets_every_column_by_keyword():
 @pytest.mark.parametrize("values", [[0.0, 1.0], [1, -2], [True, False], [None, None], (0.25, None), [-1e38, 1e38]])
 def test_numbers_and_none_pass_through(values):
     assert call(lambda **_: values) == list(values)
+
+
+def test_numbers_of_numpy_become_floats():
+    values = call(lambda **_: [np.float32(0.5), np.int64(2)])
+    assert values == [0.5, 2.0] and [type(value) for value in values] == [float, float]
 
 
 def fails(**_):

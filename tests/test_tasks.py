@@ -77,10 +77,10 @@ def test_the_split_is_no_sorted_one(splits):
             assert 0.26 < share < 0.41, (name, first)
 
 
-def test_demonstrations_have_the_stated_proportions(splits):
-    """Of 60,000 demonstrations 32 % work; the others answer at once, 95 % of them with the first operation's result."""
+def test_demonstrations_have_the_stated_proportions():
+    """Of 60,000 demonstrations 40 % work; the others answer at once, 90 % of them with the first operation's result."""
     worked, at_once, first_only = 0, 0, 0
-    for example in splits["train"]:
+    for example in arithmetic(worked=0.4, wrong=0.9, copies=8)["train"]:
         assert len(example.demonstrations) == 8
         expression = expression_of(example)
         middle = value_of(expression.partition(")")[0] + ")")
@@ -90,8 +90,8 @@ def test_demonstrations_have_the_stated_proportions(splits):
             elif str(middle) != example.columns["answer"]:  # else right and wrong look the same
                 at_once += 1
                 first_only += text == f"<answer>{middle}</answer>"
-    assert abs(worked / 60_000 - 0.32) < 4 * (0.32 * 0.68 / 60_000) ** 0.5
-    assert abs(first_only / at_once - 0.95) < 4 * (0.95 * 0.05 / at_once) ** 0.5
+    assert abs(worked / 60_000 - 0.4) < 4 * (0.4 * 0.6 / 60_000) ** 0.5
+    assert abs(first_only / at_once - 0.9) < 4 * (0.9 * 0.1 / at_once) ** 0.5
 
 
 def test_worked_demonstrations_are_right_step_by_step():
