@@ -13,7 +13,8 @@ seed() {
 }
 export -f seed
 export runs
-printf '%s\n' 0 1 2 3 4 | xargs -P "${JOBS:-2}" -I{} bash -c 'seed {} > /dev/null 2> "/tmp/grpo_seed{}.log"'
+mkdir -p "$runs"
+printf '%s\n' 0 1 2 3 4 | xargs -P "${JOBS:-2}" -I{} bash -c 'seed {} > /dev/null 2> "$runs/seed{}.log"'
 
 for study in main long shuffled; do
     for number in 0 1 2 3 4; do

@@ -1,11 +1,18 @@
 """Print the README's tables of results from the committed runs: `python results/table.py`."""
 
 import json
+import re
 import statistics
+import sys
 from pathlib import Path
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from tasks import OPERATIONS, Example, arithmetic  # noqa: E402
+
 T_95 = 2.776  # 97.5 % quantile of Student's t with 4 degrees of freedom: five paired seeds
+MEASURES = {"accuracy": "greedy", "sampled_accuracy": "T = 1", "sampled_working": "shows working, T = 1"}
 
 
 def read(study: str) -> list[dict]:
@@ -30,6 +37,17 @@ def table(study: str, which: tuple[str, ...]) -> None:
             print(row(f"{policy}: {name}", [run[policy][key] for run in runs]))
 
 
+def second_step(example: Example) -> tuple[int, str, int]:
+    """The second operation of a problem: (4 - 9) * 6 has (-5, "*", 6)."""
+    a, first, b, second, c = re.fullmatch(r"What is \((\d) (.) (\d)\) (.) (\d)\?", example.prompt).groups()
+    return OPERATIONS[first](int(a), int(b)), second, int(c)
+
+
+splits = arithmetic()
+trained = {second_step(example) for example in splits["train"]}
+for name in ("validation", "held_out"):
+    unseen = statistics.fmean(second_step(example) not in trained for example in splits[name])
+    print(f"{name}: {unseen:.1%} of the problems have a second step that no training problem has")
 table("main", ("base", "best", "last"))
 table("long", ("last",))
 table("shuffled", ("base", "last"))
