@@ -34,14 +34,23 @@ TARGETS = {
 }
 
 
-def machine(threads: int) -> dict[str, str | int]:
-    """What the numbers depend on: processor, cores that this process may use, threads, versions."""
+def load_before() -> float:
+    """How many processes were running in the last minute; warns if the machine is not idle."""
+    load = os.getloadavg()[0]
+    if load > 0.5:
+        print(f"warning: the machine is busy (load {load:.1f}), so these times mean little", file=sys.stderr)
+    return round(load, 2)
+
+
+def machine(threads: int, load: float) -> dict[str, str | int | float]:
+    """What the numbers depend on: processor, cores that this process may use, threads, load before, versions."""
     names = [line.partition(":")[2].strip() for line in cpu_lines() if line.startswith("model name")]
     affinity = getattr(os, "sched_getaffinity", None)
     return {
         "processor": names[0] if names else platform.machine(),
         "cores": len(affinity(0)) if affinity else os.cpu_count(),
         "threads": threads,
+        "load before": load,
         "system": platform.system(),
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in ("torch", "transformers")},
@@ -60,7 +69,7 @@ def table(rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
 
 
-def describe(values: dict[str, str | int]) -> str:
+def describe(values: dict[str, str | int | float]) -> str:
     return "machine: " + ", ".join(f"{name} {value}" for name, value in values.items())
 
 
@@ -129,10 +138,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="timed answers of inference.py (default: 5)")
     parser.add_argument("--results", type=Path, default=ROOT / "results" / "bench_main.json", help="file to write")
     arguments, flags = parser.parse_known_args()
+    load = load_before()
     with tempfile.TemporaryDirectory() as folder:
         values = measure_training(Path(folder), flags)
         values |= measure_inference(Path(folder), arguments.rounds)
-    values |= {"machine": machine(values.pop("threads")), "flags": flags}
+    values |= {"machine": machine(values.pop("threads"), load), "flags": flags}
     write(arguments.results, values)
     print(f"\n{report(values)}\nwritten: {arguments.results}")
 

@@ -2,8 +2,8 @@
 
     python tests/bench_sampler.py
 
-Both samplers read the same checkpoint and draw G completions of each of P left-padded prompts of random ids, at
-temperature 1 from the whole vocabulary. Counted are sampled tokens up to and including the end token. Lengths are
+Both samplers read the same checkpoint and draw G completions of each of P prompts of random ids, at temperature 1 from
+the whole vocabulary. Counted are sampled tokens up to and including the end token. Lengths are
 "fixed" (no id ends a completion) or "variable" (in both, one id in 16 does, so that lengths are about geometric).
 `TokenPolicy.sample` also keeps log-probabilities and decodes the text; `generate` is not asked to. The two take turns
 in one process after a warm-up. Prints tables and writes results/bench_sampler.json.
@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from bench_main import ROOT, describe, machine, table, write
+from bench_main import ROOT, describe, load_before, machine, table, write
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import inference
@@ -70,10 +70,10 @@ def random_policy(config: LlamaConfig) -> IdsPolicy:
     return IdsPolicy(model, tokenizer)
 
 
-def random_prompts(config: LlamaConfig, count: int, length: int) -> list[Example]:
-    """Prompts of random ids: the longest has `length` of them, the shortest three quarters."""
+def random_prompts(config: LlamaConfig, count: int, length: int, ragged: bool) -> list[Example]:
+    """Prompts of `length` random ids; ragged ones run down to three quarters of that, so that masks are needed."""
     generator = torch.Generator().manual_seed(length)
-    lengths = [length - i * (length // 4) // max(1, count - 1) for i in range(count)]
+    lengths = [length - ragged * i * (length // 4) // max(1, count - 1) for i in range(count)]
     return [Example(torch.randint(7, config.vocab_size, (n,), generator=generator).tolist()) for n in lengths]
 
 
@@ -135,7 +135,7 @@ def bench_sampler(name: str, policy: IdsPolicy, model, settings) -> list[dict]:
     vocabulary, cases = policy.model.config.vocab_size, []
     ends = list(range(7, 7 + max(1, round(vocabulary / 16))))
     for length in settings.prompt_lengths:
-        examples = random_prompts(policy.model.config, settings.prompts, length)
+        examples = random_prompts(policy.model.config, settings.prompts, length, settings.ragged)
         for kind, end_ids in (("fixed", []), ("variable", ends)):
             runners = {
                 "ours": ours(policy, examples, end_ids, settings),
@@ -165,7 +165,7 @@ def score(policy: IdsPolicy, rollout: inference.Rollout, weights: torch.Tensor, 
 def bench_scorer(name: str, policy: IdsPolicy, settings) -> dict:
     """Time of one pass over each prompt against one over each row, and how far the two are from each other."""
     length = max(settings.prompt_lengths)
-    examples = random_prompts(policy.model.config, settings.prompts, length)
+    examples = random_prompts(policy.model.config, settings.prompts, length, settings.ragged)
     policy.end_ids = [NEVER]
     rollout = policy.sample(examples, settings.group, (0, 0, 0), settings.max_new_tokens)
     weights = torch.randn(len(rollout.group), generator=torch.Generator().manual_seed(0))  # as advantages are
@@ -211,7 +211,8 @@ def parse() -> argparse.Namespace:
     add("--models", nargs="+", choices=MODELS, default=list(MODELS), help="which models (default: all)")
     add("--prompts", type=int, default=8, help="prompts in a batch (default: %(default)s)")
     add("--group", type=int, default=8, help="completions of each (default: %(default)s)")
-    add("--prompt-lengths", type=int, nargs="+", default=[32, 200], help="longest prompt (default: 32 200)")
+    add("--prompt-lengths", type=int, nargs="+", default=[32, 200], help="prompt lengths (default: 32 200)")
+    add("--ragged", action="store_true", help="prompts down to three quarters of that length, padded on the left")
     add("--max-new-tokens", type=int, default=64, help="longest completion (default: %(default)s)")
     add("--micro-batch-tokens", type=int, default=8192, help="budget of the scorer's passes (default: %(default)s)")
     add("--rounds", type=int, default=5, help="timed rounds of the samplers (default: %(default)s)")
@@ -223,6 +224,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     settings = parse()
+    load = load_before()
     if settings.threads:
         torch.set_num_threads(settings.threads)
     sampler, scorer, sizes = [], [], {}
@@ -234,7 +236,7 @@ def main() -> None:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         sampler += bench_sampler(name, policy, model, settings)
         scorer.append(bench_scorer(name, policy, settings))
-    here = machine(torch.get_num_threads())
+    here = machine(torch.get_num_threads(), load)
     chosen = {key: value for key, value in vars(settings).items() if key not in ("results", "threads")}
     write(
         settings.results, {"machine": here, "settings": chosen, "weights": sizes, "sampler": sampler, "scorer": scorer}
