@@ -66,7 +66,7 @@ def test_line_counts_are_true():
 def test_flags_in_the_readme_exist():
     helps = "".join(
         subprocess.run([sys.executable, str(ROOT / name), "--help"], capture_output=True, text=True).stdout
-        for name in ("grpo.py", "sft.py", "inference.py", "plot_metrics.py")
+        for name in ("grpo.py", "sft.py", "inference.py", "plot_metrics.py", "tests/bench_sampler.py")
     )
     for flag in set(re.findall(r"--[a-z][a-z-]+", README)):
         assert flag in helps or flag.replace("-", "_").replace("__", "--", 1) in helps, flag
