@@ -69,7 +69,7 @@ def arithmetic(worked: float = 0.3, wrong: float = 0.95, copies: int = 8) -> dic
                 demonstrations.append(f"<answer>{middle if draw.random() < wrong else right}</answer>")
         examples.append(Example(prompt, {"answer": str(right)}, tuple(demonstrations)))
     examples = in_fixed_order(examples)
-    return {"validation": examples[:500], "held_out": examples[500:1500], "train": examples[1500:]}
+    return {"validation": examples[:500], "train": examples[500:8000], "held_out": examples[8000:]}
 
 
 def shows_working(prompts, completions, **_) -> list[float]:

@@ -57,7 +57,7 @@ def test_the_split_never_moves(splits):
         name: hashlib.sha256("\n".join(example.prompt for example in examples).encode()).hexdigest()[:16]
         for name, examples in splits.items()
     }
-    assert checksums == {"train": "2fb0045c0e842ae9", "validation": "bf9c7a1188a80230", "held_out": "2d5c8165ed5428af"}
+    assert checksums == {"train": "66dd77bf60280654", "validation": "bf9c7a1188a80230", "held_out": "3adc690d32603084"}
     other = arithmetic(worked=1.0, wrong=0.0, copies=1)
     for name, examples in splits.items():
         assert [example.prompt for example in other[name]] == [example.prompt for example in examples]
