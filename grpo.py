@@ -2,7 +2,7 @@
 
     python grpo.py --task arithmetic
 
-One step, numbered as in `train_step` and `update`:
+One step, numbered as in `train_step`, `sample_groups` and `update`:
 
 1. take P training prompts;
 2. sample G completions of each from the policy, with their token ids;
@@ -11,9 +11,11 @@ One step, numbered as in `train_step` and `update`:
 5. score the completions under the frozen reference policy;
 6. update: ascend the clipped ratio times the advantage, minus beta times the KL towards the reference.
 
-Deviations from the paper: (a) rewards come from rules, no reward model is learned; (b) one iteration, the reference is
-the policy at the start and stays; (c) a group of equal rewards has advantage exactly 0, not 0 divided by an epsilon;
-(d) the learning rate is constant after a warm-up.
+Deviations from the paper: (a) rewards come from rules, no reward model is learned; (b) the reference is the policy at
+the start and stays, unless --ref-update-every asks for the paper's outer iterations; (c) a group of equal rewards has
+advantage exactly 0, not 0 divided by an epsilon; (d) the learning rate is constant after a warm-up.
+
+The other algorithms (Dr. GRPO, DAPO, GSPO, CISPO, RLOO, pairwise) are rows of `ALGORITHMS`: same steps, other cells.
 
 Shapes: P prompts, G completions each, B = P * G rows in prompt-major order (row p * G + g), T completion tokens.
 Rewards and advantages are (P, G) until the update; tokens are (B, T).
@@ -28,6 +30,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -43,6 +46,7 @@ from inference import (
     choose_device,
     continue_command,
     evaluate,
+    join,
     load,
     load_state,
     micro_batches,
@@ -59,20 +63,57 @@ from inference import (
     start_run,
     write_json,
 )
-from rewards import RewardFunction, UserError, apply_reward, parse_rewards
+from rewards import RewardFunction, UserError, apply_reward, parse_rewards, soft_overlong
 from tasks import Example, Task, find_task, load_task
 
 
 @dataclass(frozen=True)
 class Algorithm:
-    """One row of the table of algorithms: what makes the loss."""
+    """One row of the table of algorithms; every cell is a flag too. Raises UserError for an unknown value."""
 
+    advantage: Literal["group", "batch", "none", "leave_one_out", "pairwise"] = "group"
+    ratio: Literal["token", "sequence"] = "token"
+    surrogate: Literal["clip", "cispo", "plain"] = "clip"
     epsilon: float = 0.2  # the ratio is clipped below 1 - epsilon
     epsilon_high: float = 0.2  # and above 1 + epsilon_high
+    aggregate: Literal["sequence", "token", "constant"] = "sequence"
     beta: float = 0.04  # weight of the KL term
+    kl_estimator: Literal["k2", "k3", "k3_unbiased"] = "k3"
+    max_resample: int = 0  # dynamic sampling: how often a step replaces its flat groups
+    overlong_buffer: float = 0.0  # soft overlong penalty: the last share of max_new_tokens, in which it grows to -1
+    preference_strength: float = 2.0  # s in pairwise's -log sigmoid(s * difference)
+
+    def __post_init__(self):
+        if self.kl_estimator == "k1":
+            why = "the gradient of k1 is exactly 0 in expectation, so as a loss it is noise (it is logged as kl_k1)"
+            raise UserError(f"--kl-estimator: {why}; take k2, k3 or k3_unbiased")
+        for cell in dataclasses.fields(self):
+            value, offered = getattr(self, cell.name), get_args(cell.type)
+            if offered and value not in offered:
+                flag = cell.name.replace("_", "-")
+                raise UserError(f"--{flag}: {value!r} is not offered; there is {', '.join(offered)}")
+        if self.overlong_buffer > 1:
+            raise UserError(f"--overlong-buffer is {self.overlong_buffer}, a share of --max-new-tokens: at most 1")
+        if self.advantage == "pairwise" and (self.surrogate, self.aggregate) != ("plain", "sequence"):
+            raise UserError(
+                "--advantage pairwise weighs mean log-probabilities; add --surrogate plain --aggregate sequence"
+            )
 
 
-ALGORITHMS = {"grpo": Algorithm()}
+ALGORITHMS = {
+    "grpo": Algorithm(),
+    "dr_grpo": Algorithm(advantage="none", aggregate="constant", beta=0.0),
+    "dapo": Algorithm(epsilon_high=0.28, aggregate="token", beta=0.0, max_resample=3, overlong_buffer=0.2),
+    "gspo": Algorithm(ratio="sequence", epsilon=3e-4, epsilon_high=4e-4, beta=0.0),
+    "cispo": Algorithm(surrogate="cispo", epsilon=1.0, epsilon_high=4.0, aggregate="token", beta=0.0),
+    "rloo": Algorithm(advantage="leave_one_out", aggregate="constant", beta=0.0),
+    "pairwise": Algorithm(advantage="pairwise", surrogate="plain", beta=0.0),
+}
+
+
+def cell(text: str):
+    """A setting that overrides a cell of the algorithm's row."""
+    return option(None, f"{text}. Default: the algorithm's.")
 
 
 @dataclass(frozen=True)
@@ -92,11 +133,21 @@ class GRPOConfig:
     learning_rate: float = option(1e-4, "Learning rate of AdamW after the warm-up.")
     warmup_steps: int = option(5, "Steps in which the learning rate rises from 0.")
     clip_grad_norm: float = option(1.0, "Largest gradient norm; a longer gradient is scaled down to it.")
-    algorithm: str = option("grpo", "Row of the table of algorithms.")
-    beta: float | None = option(None, "Weight of the KL term; 0 loads no reference. Default: the algorithm's.")
-    epsilon: float | None = option(None, "The ratio is clipped below 1 - epsilon. Default: the algorithm's.")
-    epsilon_high: float | None = option(None, "The ratio is clipped above 1 + this. Default: the algorithm's.")
+    algorithm: str = option("grpo", f"Row of the table of algorithms: {', '.join(ALGORITHMS)}.")
+    advantage: str | None = cell("Scale of the advantages: group, batch, none, leave_one_out, or pairwise")
+    ratio: str | None = cell("The ratio of each token, or of the whole sequence")
+    surrogate: str | None = cell("What the ratio does: clip, cispo, or plain (nothing)")
+    epsilon: float | None = cell("The ratio is clipped below 1 - epsilon")
+    epsilon_high: float | None = cell("The ratio is clipped above 1 + this")
+    aggregate: str | None = cell("Tokens are averaged per sequence, per token of the batch, or over a constant length")
+    beta: float | None = cell("Weight of the KL term; 0 loads no reference")
+    kl_estimator: str | None = cell("Estimator of the KL term: k2, k3 or k3_unbiased")
+    max_resample: int | None = cell("Replace groups of equal rewards by fresh prompts, at most so often in a step")
+    overlong_buffer: float | None = cell("Share of --max-new-tokens in which a penalty grows to -1; 0 is off")
+    preference_strength: float | None = cell("Strength s of a pairwise preference")
+    ref_update_every: int | None = option(None, "Take the policy as new reference every so many steps. Default: never.")
     temperature: float = option(1.0, "Sampling temperature, of the policy and of the reference alike.")
+    exploration_noise: float = option(0.0, "Share of a uniform distribution over the vocabulary mixed into the policy.")
     max_new_tokens: int | None = option(None, "Longest completion, in tokens. Default: the task's.")
     rewards: str | None = option(None, "NAME=WEIGHT,... or FILE.py:FUNCTION=WEIGHT. Default: the task's mix.")
     eval_every: int = option(5, "Evaluate on the validation problems every so many steps.")
@@ -111,7 +162,7 @@ class GRPOConfig:
     def __post_init__(self):
         require_numbers(
             self, "steps", "batch_size", "num_inner_updates", "micro_batch_tokens", "learning_rate", "clip_grad_norm",
-            "max_new_tokens", "eval_every", "patience", "kl_limit", "save_every",
+            "max_new_tokens", "eval_every", "patience", "kl_limit", "save_every", "ref_update_every",
         )  # fmt: skip
         if self.num_generations < 2:
             raise UserError(f"--num-generations is {self.num_generations}; a group needs at least 2 to be compared")
@@ -119,8 +170,11 @@ class GRPOConfig:
             raise UserError(f"--temperature is {self.temperature}; it must be 0.001 or above")
         if self.algorithm not in ALGORITHMS:
             raise UserError(f"--algorithm: no algorithm {self.algorithm!r}; there is {', '.join(ALGORITHMS)}")
-        if self.kl_limit is not None and not self.resolved_algorithm.beta:
-            raise UserError("--kl-limit needs a reference to measure the KL to; give a --beta above 0")
+        if self.exploration_noise >= 1:
+            raise UserError(f"--exploration-noise is {self.exploration_noise}; it must be below 1")
+        for flag in ("kl_limit", "ref_update_every"):
+            if getattr(self, flag) is not None and not self.resolved_algorithm.beta:
+                raise UserError(f"--{flag.replace('_', '-')} needs a reference; give a --beta above 0")
 
     @property
     def resolved_algorithm(self) -> Algorithm:
@@ -130,25 +184,72 @@ class GRPOConfig:
         return dataclasses.replace(ALGORITHMS[self.algorithm], **given)
 
 
-def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
-    """Advantages (P, G) of rewards (P, G): (R - mean) / (std + 1e-4), unbiased std (DeepSeekMath, section 4.1.2).
+def group_advantages(rewards: torch.Tensor, scale: str = "group") -> torch.Tensor:
+    """Advantages (P, G) of rewards (P, G): each reward minus its group's mean, over what `scale` names.
 
+    `group`: the group's unbiased std + 1e-4 (DeepSeekMath, section 4.1.2); `batch`: that of all rows; `none`: 1
+    (Dr. GRPO, section 3.2); `leave_one_out`: (G - 1) / G, so that the baseline is the mean of the others (RLOO, eq. 7).
     A group of equal rewards is exactly 0. Raises ValueError for fewer than two completions in a group.
     """
-    if rewards.shape[1] < 2:
-        raise ValueError(f"a group of {rewards.shape[1]} has no spread; sample at least 2 completions a prompt")
-    mean, std = rewards.mean(1, keepdim=True), rewards.std(1, keepdim=True)
-    flat = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
-    return torch.where(flat, 0.0, (rewards - mean) / (std + 1e-4))
+    size = rewards.shape[1]
+    if size < 2:
+        raise ValueError(f"a group of {size} has no spread; sample at least 2 completions a prompt")
+    if scale == "group":
+        divisor = rewards.std(1, keepdim=True) + 1e-4
+    elif scale == "batch":
+        divisor = rewards.std() + 1e-4
+    else:
+        divisor = {"none": 1.0, "leave_one_out": (size - 1) / size}[scale]
+    return torch.where(is_flat(rewards)[:, None], 0.0, (rewards - rewards.mean(1, keepdim=True)) / divisor)
 
 
-def kl_penalty(logp: torch.Tensor, ref_logp: torch.Tensor) -> torch.Tensor:
-    """KL estimate k3 (B, T) in nats from log-probabilities of tokens sampled from the policy: exp(d) - d - 1 >= 0.
+def is_flat(rewards: torch.Tensor) -> torch.Tensor:
+    """Which groups (P,) have equal rewards: by comparison, since the std of equal numbers need not round to 0."""
+    return rewards.amax(1) == rewards.amin(1)
 
-    d = log ref - log pi, clamped at 20 from above, the side where exp overflows (Schulman 2020; DeepSeekMath, eq. 4).
+
+def pairwise_advantages(rewards: torch.Tensor, mean_logp: torch.Tensor, strength: float) -> torch.Tensor:
+    """Advantages (P, G) that make the `plain` loss follow a preference of winners over losers, without gradient.
+
+    Winners W have the largest reward (P, G) of their group, L are the others. The objective is the mean over the groups
+    with both of the mean over pairs of -log sigmoid(strength * (mean_logp[w] - mean_logp[l])), mean_logp (P, G) being
+    mean log-probabilities per token (Bradley-Terry; DPO, arXiv 2305.18290, without reference). Its derivative by
+    mean_logp, times minus the number of rows since the loss takes their mean, is the advantage.
     """
-    d = (ref_logp - logp).clamp(max=20.0)
-    return d.exp() - d - 1
+    wins = rewards == rewards.amax(1, keepdim=True)
+    pairs = (wins[:, :, None] & ~wins[:, None, :]).to(mean_logp.dtype)  # (P, G, G): winner, loser
+    share = pairs / pairs.sum((1, 2), keepdim=True).clamp(min=1) / (~is_flat(rewards)).sum().clamp(min=1)
+    difference = mean_logp.detach()[:, :, None] - mean_logp.detach()[:, None, :]
+    pull = strength * torch.sigmoid(-strength * difference) * share
+    return rewards.numel() * (pull.sum(2) - pull.sum(1))
+
+
+def kl_penalty(
+    logp: torch.Tensor, ref_logp: torch.Tensor, estimator: str = "k3", ratio: torch.Tensor | None = None
+) -> torch.Tensor:
+    """KL estimate (B, T) in nats, from log-probabilities of tokens sampled from the policy (Schulman 2020).
+
+    With d = log ref - log pi: `k1` -d; `k2` d^2 / 2; `k3` exp(d) - d - 1 >= 0 (DeepSeekMath, eq. 4); `k3_unbiased`
+    ratio * k3 with gradient through the ratio (DeepSeek-V3.2, arXiv 2512.02556). d is clamped at 20 from above where it
+    enters exp. Inside a loss k2 and k3_unbiased pull towards KL(pi || ref), k3 towards KL(ref || pi), k1 nowhere.
+    """
+    d = ref_logp - logp
+    if estimator == "k1":
+        return -d
+    if estimator == "k2":
+        return d.square() / 2
+    d = d.clamp(max=20.0)
+    return {"k3": 1.0, "k3_unbiased": ratio}[estimator] * (d.exp() - d - 1)
+
+
+def loss_denominator(mask: torch.Tensor, aggregate: str, max_new_tokens: int) -> int:
+    """What the loss of these rows, mask (B, T), is divided by: B rows, their tokens, or B * max_new_tokens.
+
+    Taken once over all rows of an optimizer step, so that the gradient does not depend on the micro-batches
+    (DeepSeekMath, eq. 3; DAPO, eq. 8; Dr. GRPO, section 3.2).
+    """
+    rows = len(mask)
+    return {"sequence": rows, "token": int(mask.sum()), "constant": rows * max_new_tokens}[aggregate]
 
 
 def policy_loss(
@@ -160,38 +261,51 @@ def policy_loss(
     ref_logp: torch.Tensor | None = None,
     denominator: float | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The loss (DeepSeekMath, eq. 3), a scalar, and sums over tokens for the metrics.
+    """The loss, a scalar, and sums over tokens for the metrics (DeepSeekMath, eq. 3; the cells say what differs).
 
     logp, old_logp, ref_logp (B, T) are log-probabilities of the sampled tokens under the policy, the policy that the
     first inner update started from, and the reference; advantages (B,); mask (B, T) bool. What stands at padding
-    changes nothing. The sum over rows is divided by `denominator`, the number of rows of the whole optimizer step.
+    changes nothing. `denominator` is `loss_denominator` of the whole optimizer step; default: these rows, width T.
     """
     # Masked before exp: whatever stands at padding must not become inf * 0 = NaN.
     log_ratio = torch.where(mask, logp - old_logp, 0.0)
-    ratio = log_ratio.exp()
-    advantage = advantages[:, None]
-    clipped = ratio.clamp(1 - algorithm.epsilon, 1 + algorithm.epsilon_high)
-    per_token = -torch.minimum(ratio * advantage, clipped * advantage)  # min for A < 0 too (PPO, eq. 7)
+    logp, lengths = torch.where(mask, logp, 0.0), mask.sum(1, keepdim=True).clamp(min=1)
+    if algorithm.ratio == "sequence":
+        log_ratio = (log_ratio.sum(1, keepdim=True) / lengths).expand_as(log_ratio)  # the mean (GSPO, eq. 7)
+    ratio, advantage = log_ratio.exp(), advantages[:, None]
+    low, high = 1 - algorithm.epsilon, 1 + algorithm.epsilon_high
+    clipped = ratio.clamp(low, high)
+    if algorithm.surrogate == "clip":
+        per_token = -torch.minimum(ratio * advantage, clipped * advantage)  # min for A < 0 too (PPO, eq. 7)
+    else:
+        weight = clipped.detach() if algorithm.surrogate == "cispo" else 1.0  # MiniMax-M1, eq. 4
+        per_token = -weight * advantage * logp
+    bounded = mask & (algorithm.surrogate != "plain")
     stats = {
         "tokens": mask.sum(),
-        "clip_low": (mask & (advantage < 0) & (ratio < 1 - algorithm.epsilon)).sum(),
-        "clip_high": (mask & (advantage > 0) & (ratio > 1 + algorithm.epsilon_high)).sum(),
+        "clip_low": (bounded & (advantage < 0) & (ratio < low)).sum(),
+        "clip_high": (bounded & (advantage > 0) & (ratio > high)).sum(),
+        "ratio_max": torch.where(mask, ratio.detach(), 0.0).max(),
     }
     if ref_logp is not None:
-        kl = kl_penalty(torch.where(mask, logp, 0.0), torch.where(mask, ref_logp, 0.0))
-        per_token = per_token + algorithm.beta * kl
-        stats |= {"kl": kl.detach().sum(), "kl_clamped": (mask & (ref_logp - logp > 20)).sum()}
-    rows = torch.where(mask, per_token, 0.0).sum(1) / mask.sum(1)
-    return rows.sum() / (len(rows) if denominator is None else denominator), stats | {"ratio_max": ratio.detach().max()}
+        ref_logp = torch.where(mask, ref_logp, 0.0)
+        per_token = per_token + algorithm.beta * kl_penalty(logp, ref_logp, algorithm.kl_estimator, ratio)
+        stats |= {"kl": kl_penalty(logp.detach(), ref_logp).sum(), "kl_k1": (logp.detach() - ref_logp).sum()}
+        stats["kl_clamped"] = (ref_logp - logp > 20).sum()
+    rows = torch.where(mask, per_token, 0.0).sum(1)
+    rows = rows / lengths[:, 0] if algorithm.aggregate == "sequence" else rows
+    if denominator is None:
+        denominator = loss_denominator(mask, algorithm.aggregate, mask.shape[1])
+    return rows.sum() / denominator, stats
 
 
-def take_prompts(examples: list[Example], step: int, count: int, seed: int) -> list[Example]:
-    """The prompts of a step (from 1): passes over all examples, each in an order that follows from seed and pass."""
+def take_prompts(examples: list[Example], step: int, count: int, seed: int, draw: int = 0) -> list[Example]:
+    """The prompts of a step (from 1): passes over all examples, each in its own order, by seed, pass and draw."""
     chosen, orders = [], {}
     for i in range((step - 1) * count, step * count):
         epoch = i // len(examples)
         if epoch not in orders:
-            stream = np.random.Philox(np.random.SeedSequence([seed, epoch]))
+            stream = np.random.Philox(np.random.SeedSequence([seed, epoch, draw]))
             orders[epoch] = np.random.Generator(stream).permutation(len(examples))
         chosen.append(examples[orders[epoch][i % len(examples)]])
     return chosen
@@ -229,53 +343,60 @@ def descend(policy: TokenPolicy, optimizer: torch.optim.Optimizer, loss: float, 
     return norm
 
 
+def mean_log_probs(policy: TokenPolicy, batches: list[torch.Tensor], parts: list[Rollout]) -> torch.Tensor:
+    """Mean log-probability per token (B,) of each completion under the policy as it is now, without gradient."""
+    means = torch.zeros(sum(map(len, batches)), device=policy.device)
+    with torch.no_grad():
+        for rows, part in zip(batches, parts, strict=True):
+            means[rows] = policy.log_probs(part)[0].sum(1) / part.mask.sum(1)
+    return means
+
+
 def update(
     policy: TokenPolicy,
     reference: TokenPolicy | None,
     optimizer: torch.optim.Optimizer,
     rollout: Rollout,
-    advantages: torch.Tensor,
+    rewards: torch.Tensor,
     config: GRPOConfig,
 ) -> dict[str, float]:
-    """Score a rollout under the reference and take the inner updates on it; returns the metrics.
-
-    advantages (B,).
-    """
-    start = time.perf_counter()
+    """Turn rewards (P, G) into advantages and take the inner updates on a rollout; returns the metrics."""
+    start, algorithm = time.perf_counter(), config.resolved_algorithm
+    rewards, pairwise = rewards.to(policy.device), algorithm.advantage == "pairwise"
+    advantages = None if pairwise else group_advantages(rewards, algorithm.advantage).flatten()  # (4)
     batches = micro_batches(rollout, config.micro_batch_tokens)
     parts = [rollout.select(rows) for rows in batches]
     with torch.no_grad():
         ref_logps = [reference.log_probs(part)[0] if reference else None for part in parts]  # (5)
     scored = time.perf_counter()
+    denominator = loss_denominator(rollout.mask, algorithm.aggregate, config.max_new_tokens)
     old_logps: list[torch.Tensor] = []
     sums, gap, norms, losses, ratio_max = Counter(), 0.0, [], [], 0.0
     for inner in range(config.num_inner_updates):  # (6)
         losses.append(0.0)
+        if pairwise:
+            means = mean_log_probs(policy, batches, parts).view_as(rewards)
+            advantages = pairwise_advantages(rewards, means, algorithm.preference_strength).flatten()
         for i, (rows, part) in enumerate(zip(batches, parts, strict=True)):
             logp, entropy = policy.log_probs(part)
             if inner == 0:  # the scorer's own values, so the ratio starts at exactly 1
                 old_logps.append(logp.detach())
                 gap = max(gap, (part.sampler_logp - old_logps[i]).abs().max().item())
             loss, stats = policy_loss(
-                logp,
-                old_logps[i],
-                advantages[rows],
-                part.mask,
-                config.resolved_algorithm,
-                ref_logps[i],
-                len(advantages),
+                logp, old_logps[i], advantages[rows], part.mask, algorithm, ref_logps[i], denominator
             )
             loss.backward()
             losses[-1] += loss.item()
             ratio_max = max(ratio_max, stats.pop("ratio_max").item())
             sums.update({name: value.item() for name, value in stats.items()} | {"entropy": entropy.sum().item()})
         norms.append(descend(policy, optimizer, losses[-1], config.clip_grad_norm))
-    tokens = sums.pop("tokens")
+    seconds, tokens = time.perf_counter() - scored, sums.pop("tokens")
     return {
         **{name: value / tokens for name, value in sums.items()},
         **{"loss": statistics.fmean(losses), "grad_norm": statistics.fmean(norms)},
         **{"ratio_max": ratio_max, "sampler_gap": gap, "learning_rate": optimizer.param_groups[0]["lr"]},
-        **{"seconds_score": scored - start, "seconds_update": time.perf_counter() - scored},
+        **{"seconds_score": scored - start, "seconds_update": seconds, "tokens_per_second_update": tokens / seconds},
+        "tokens_per_second_score": rollout.mask.sum().item() / (scored - start) if reference else 0.0,
     }
 
 
@@ -287,7 +408,7 @@ def rollout_metrics(rollout: Rollout, rewards: torch.Tensor, rows: list[Example]
         "reward": rewards.mean().item(),
         "reward_std": rewards.std().item(),
         **{name: statistics.fmean(apply_reward(name, f, rows, rollout)) for name, f in measures.items()},
-        "zero_std_groups": (rewards.amax(1) == rewards.amin(1)).float().mean().item(),
+        "zero_std_groups": is_flat(rewards).float().mean().item(),
         "truncated": rollout.truncated.float().mean().item(),
         **{"length": lengths.mean().item(), "length_min": lengths.min().item(), "length_max": lengths.max().item()},
     }
@@ -341,15 +462,22 @@ class Run:
     progress: Progress
 
     @property
-    def max_new_tokens(self) -> int:
-        return self.config.max_new_tokens or self.task.max_new_tokens
+    def refreshed(self) -> torch.nn.Module | None:
+        """The reference's model if steps change it, so that it belongs to the state."""
+        return self.reference.model if self.config.ref_update_every else None
 
 
 def prepare(config: GRPOConfig) -> Run:
     """Check the settings, make or load the base policy, and open the run folder, or restore it with --resume."""
     task, device, out = find_task(config.task), choose_device(config.device), Path(config.out)
-    mix, settings = parse_rewards(config.rewards or task.rewards), dataclasses.asdict(config)
-    policy = load(config.model, device, config.temperature) if config.model else None
+    config = dataclasses.replace(
+        config, rewards=config.rewards or task.rewards, max_new_tokens=config.max_new_tokens or task.max_new_tokens
+    )
+    algorithm, settings = config.resolved_algorithm, dataclasses.asdict(config)
+    mix = parse_rewards(config.rewards)
+    if algorithm.overlong_buffer:
+        mix["overlong-penalty"] = (soft_overlong(config.max_new_tokens, algorithm.overlong_buffer), 1.0)
+    policy = load(config.model, device, config.temperature, config.exploration_noise) if config.model else None
     old = None
     if config.resume:
         stored = read_json(out / "run.json")
@@ -358,55 +486,77 @@ def prepare(config: GRPOConfig) -> Run:
     else:
         if policy is None and not config.overwrite and (out / "base").exists():
             raise UserError(f"--out: {str(out / 'base')!r} exists; start from it with --model, or give --overwrite")
-        start_run(config.out, settings, config.overwrite, algorithm=dataclasses.asdict(config.resolved_algorithm))
+        start_run(config.out, settings, config.overwrite, algorithm=dataclasses.asdict(algorithm))
     if policy is None:
         if not config.resume or not (out / "base" / "model.safetensors").exists():
             base = {"task": config.task, "seed": config.seed, "device": config.device, "overwrite": True}
             sft.train(sft.SFTConfig(out=str(out / "base"), **base))
-        policy = load(out / "base", device, config.temperature)
+        policy = load(out / "base", device, config.temperature, config.exploration_noise)
     data = load_task(task, policy.chat)
     reference = None
-    if config.resolved_algorithm.beta > 0:
-        frozen = copy.deepcopy(policy.model).requires_grad_(False)
-        reference = TokenPolicy(frozen, policy.tokenizer, config.temperature, policy.end_ids)
+    if algorithm.beta > 0:
+        reference = copy.copy(policy)
+        reference.model = copy.deepcopy(policy.model).requires_grad_(False)
     optimizer = torch.optim.AdamW(policy.model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     run = Run(config, task, out, policy, reference, optimizer, data, mix, Progress())
     if config.resume and (out / "resume").exists():
-        run.progress = load_state(out, policy.model, optimizer, Progress)
+        run.progress = load_state(out, policy.model, optimizer, Progress, run.refreshed)
         if any(old[name] != settings[name] for name in ("steps", "patience", "kl_limit")):
             run.progress.stopped = None
     else:
-        before = evaluate(policy, task, data["held_out"], run.max_new_tokens, samples=4)
+        before = evaluate(policy, task, data["held_out"], config.max_new_tokens, samples=4)
         write_json(out / "evaluation.json", {"base": {"step": 0, **before}})
     return run
 
 
+def sample_groups(run: Run, step: int) -> tuple[Rollout, torch.Tensor, dict[str, float]]:
+    """A step's rollout, its rewards (P, G) and what was measured on it.
+
+    Groups of equal rewards teach nothing: they are replaced by groups of fresh prompts, at most `max_resample` times
+    (dynamic sampling: DAPO, section 3.2), and what is flat in the last draw stays. Measured is the first draw, whose
+    prompts nothing has selected; `samples` and `tokens` count all draws.
+    """
+    config, last_draw = run.config, run.config.resolved_algorithm.max_resample
+    kept, missing, counts = [], config.batch_size, Counter()
+    for draw in range(last_draw + 1):
+        examples = take_prompts(run.data["train"], step, config.batch_size, config.seed, draw)[:missing]  # (1)
+        key = (config.seed, step, draw)
+        rollout = run.policy.sample(examples, config.num_generations, key, config.max_new_tokens)  # (2)
+        rewards, means = compute_rewards(run.mix, examples, rollout, config.num_generations)  # (3)
+        if draw == 0:
+            rows = [example for example in examples for _ in range(config.num_generations)]
+            measured = rollout_metrics(rollout, rewards, rows, run.task) | means
+        counts.update(samples=rewards.numel(), tokens=int(rollout.mask.sum()))
+        keep = ~is_flat(rewards) | (draw == last_draw)
+        if keep.any():
+            rows = keep.repeat_interleave(config.num_generations).nonzero()[:, 0].to(run.policy.device)
+            kept.append((rollout.select(rows), rewards[keep]))
+        missing -= int(keep.sum())
+        if not missing:
+            break
+    rollouts, rewards = zip(*kept, strict=True)
+    return join(rollouts), torch.cat(rewards), measured | counts
+
+
 def train_step(run: Run, step: int) -> dict[str, float]:
     """One step of GRPO; the numbers are those at the top of this file."""
-    config, policy = run.config, run.policy
-    start = time.perf_counter()
+    config, start = run.config, time.perf_counter()
     run.optimizer.param_groups[0]["lr"] = config.learning_rate * min(1.0, step / max(1, config.warmup_steps))
-    examples = take_prompts(run.data["train"], step, config.batch_size, config.seed)  # (1)
-    key = (config.seed, step, 0)
     try:
         with out_of_memory("--batch-size, --num-generations or --max-new-tokens"):
-            rollout = policy.sample(examples, config.num_generations, key, run.max_new_tokens)  # (2)
+            rollout, rewards, measured = sample_groups(run, step)  # (1) to (3)
         sampled = time.perf_counter()
-        rewards, means = compute_rewards(run.mix, examples, rollout, config.num_generations)  # (3)
-        advantages = group_advantages(rewards).flatten().to(policy.device)  # (4)
         with out_of_memory("--micro-batch-tokens"):
-            learned = update(policy, run.reference, run.optimizer, rollout, advantages, config)  # (5), (6)
+            learned = update(run.policy, run.reference, run.optimizer, rollout, rewards, config)  # (4) to (6)
     except FloatingPointError as error:
         mend = "the states saved before it are kept: use --resume with a lower --learning-rate"
         raise UserError(f"step {step}: not finite ({error}); {mend}") from error
-    rows = [example for example in examples for _ in range(config.num_generations)]
-    measured = rollout_metrics(rollout, rewards, rows, run.task)
-    tokens, seconds = int(rollout.mask.sum()), time.perf_counter() - start
+    if config.ref_update_every and step % config.ref_update_every == 0:
+        run.reference.model.load_state_dict(run.policy.model.state_dict())
+    tokens, seconds = measured["tokens"], time.perf_counter() - start
     speed = {"seconds_sample": sampled - start, "seconds": seconds}
     speed |= {"tokens_per_second": tokens / seconds, "tokens_per_second_sample": tokens / (sampled - start)}
-    speed["tokens_per_second_score"] = tokens / learned["seconds_score"] if run.reference else 0.0
-    speed["tokens_per_second_update"] = tokens * config.num_inner_updates / learned["seconds_update"]
-    return {"step": step, **measured, **means, **learned, **speed}
+    return {"step": step, **measured, **learned, **speed}
 
 
 def validate(run: Run, step: int, bar: tqdm) -> dict[str, float]:
@@ -416,13 +566,13 @@ def validate(run: Run, step: int, bar: tqdm) -> dict[str, float]:
     the policy has made up its mind.
     """
     config, progress, examples = run.config, run.progress, run.data["validation"]
-    result = evaluate(run.policy, run.task, examples, run.max_new_tokens, samples=2, seed=config.seed)
+    result = evaluate(run.policy, run.task, examples, config.max_new_tokens, samples=2, seed=config.seed)
     progress.stale += 1
     if result["sampled_accuracy"] > progress.best_accuracy:
         progress.best_step, progress.best_accuracy, progress.stale = step, result["sampled_accuracy"], 0
         save(run.policy, run.out)
     shown = examples[:3]
-    rollout = run.policy.sample(shown, 1, (config.seed, 0, 0), run.max_new_tokens)
+    rollout = run.policy.sample(shown, 1, (config.seed, 0, 0), config.max_new_tokens, explore=False)
     rewards = compute_rewards(run.mix, shown, rollout, 1)[0][:, 0].tolist()
     accuracies = f"{result['accuracy']:.1%} greedy, {result['sampled_accuracy']:.1%} sampled"
     bar.write(f"step {step}: validation accuracy {accuracies}; the same three questions, sampled:")
@@ -434,7 +584,8 @@ def validate(run: Run, step: int, bar: tqdm) -> dict[str, float]:
 
 
 def save_progress(run: Run) -> None:
-    save_state(run.out, run.progress.step, run.policy.model, run.optimizer, dataclasses.asdict(run.progress))
+    progress = dataclasses.asdict(run.progress)
+    save_state(run.out, run.progress.step, run.policy.model, run.optimizer, progress, run.refreshed)
 
 
 def reason_to_stop(config: GRPOConfig, progress: Progress, metrics: dict[str, float]) -> str | None:
@@ -457,7 +608,7 @@ def warn_once(progress: Progress, metrics: dict[str, float], bar: tqdm) -> None:
 def train(config: GRPOConfig) -> Run:
     """Train a policy with GRPO and return the run: its last policy in `run.policy`, the best one in `config.out`."""
     run = prepare(config)
-    progress = run.progress
+    config, progress = run.config, run.progress
     print(f"{config.algorithm}: {config.resolved_algorithm}")
     bar = tqdm(desc="grpo", initial=progress.step, total=config.steps, unit="step")
     with bar, Interrupt() as interrupt:
@@ -490,7 +641,7 @@ def train(config: GRPOConfig) -> Run:
 def report(run: Run) -> None:
     """Evaluate on the held-out problems, print before and after, draw the figures, say what to try next."""
     config, progress, out = run.config, run.progress, run.out
-    held_out, width = run.data["held_out"], run.max_new_tokens
+    held_out, width = run.data["held_out"], config.max_new_tokens
     results = read_json(out / "evaluation.json")
     last = {"step": progress.step, **evaluate(run.policy, run.task, held_out, width, samples=4)}
     best = last

@@ -69,6 +69,26 @@ class Rollout:
         return [ids[keep].tolist() for ids, keep in zip(self.actions.cpu(), self.mask.cpu(), strict=True)]
 
 
+def join(rollouts: Sequence[Rollout]) -> Rollout:
+    """One rollout of several, padded to the widest."""
+
+    def widen(name: str, left: bool) -> torch.Tensor:
+        tensors = [getattr(rollout, name) for rollout in rollouts]
+        width = max(tensor.shape[1] for tensor in tensors)
+        gaps = [width - tensor.shape[1] for tensor in tensors]
+        sides = [(gap, 0) if left else (0, gap) for gap in gaps]
+        return torch.cat([torch.nn.functional.pad(t, side) for t, side in zip(tensors, sides, strict=True)])
+
+    starts = np.cumsum([0] + [len(rollout.prompts) for rollout in rollouts]).tolist()
+    return Rollout(
+        **{name: widen(name, left=True) for name in ("prompts", "prompt_mask")},
+        **{name: widen(name, left=False) for name in ("actions", "mask", "sampler_logp")},
+        group=torch.cat([rollout.group + start for rollout, start in zip(rollouts, starts, strict=False)]),
+        truncated=torch.cat([rollout.truncated for rollout in rollouts]),
+        texts=[text for rollout in rollouts for text in rollout.texts],
+    )
+
+
 def micro_batches(rollout: Rollout, token_budget: int) -> list[torch.Tensor]:
     """Cut the rows into micro-batches of at most `token_budget` tokens, padding included; returns row indices.
 
@@ -111,9 +131,17 @@ def row_uniforms(key: Sequence[int], prompts: Sequence[int], group_size: int, le
     return torch.from_numpy(((np.stack(streams) >> np.uint64(12)) + 0.5) * 2.0**-52)
 
 
-def log_distribution(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """log_softmax(logits / temperature) over the last dimension, in float32; sampler and scorer share it."""
-    return torch.log_softmax(logits.float() / temperature, dim=-1)
+def log_distribution(logits: torch.Tensor, temperature: float, noise: float = 0.0) -> torch.Tensor:
+    """log_softmax(logits / temperature) over the last dimension, in float32 or wider; sampler and scorer share it.
+
+    With `noise` it is the log of the mixture (1 - noise) * softmax + noise / V.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    log_probs = torch.log_softmax(logits / temperature, dim=-1)
+    if not noise:
+        return log_probs
+    uniform = torch.full_like(log_probs, math.log(noise / log_probs.shape[-1]))
+    return torch.logaddexp(log_probs + math.log1p(-noise), uniform)
 
 
 def inverse_cdf(log_probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
@@ -133,13 +161,16 @@ def inverse_cdf(log_probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 class TokenPolicy:
     """A language model and its tokenizer: `sample` draws completions, `log_probs` scores them.
 
-    Both use the same temperature, the full vocabulary and float32 from the logits on.
+    Both use the same temperature and exploration noise, the full vocabulary and float32 from the logits on.
     """
 
     drop_below = 0.9  # compact the batch once fewer rows than this are still decoding
 
-    def __init__(self, model: Llama, tokenizer, temperature: float = 1.0, end_ids: Sequence[int] = ()):
-        self.model, self.tokenizer, self.temperature = model, tokenizer, temperature
+    def __init__(
+        self, model: Llama, tokenizer, temperature: float = 1.0, end_ids: Sequence[int] = (), exploration_noise=0.0
+    ):
+        self.model, self.tokenizer = model, tokenizer
+        self.temperature, self.exploration_noise = temperature, exploration_noise
         self.end_ids = sorted({tokenizer.eos_token_id, *end_ids} - {None})
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end_ids[0]
 
@@ -195,11 +226,13 @@ class TokenPolicy:
         max_new_tokens: int,
         greedy: bool = False,
         first: int = 0,
+        explore: bool = True,
     ) -> Rollout:
         """Draw `group_size` completions of each example; key is (seed, step, draw), `first` the first prompt's number.
 
         Each prompt is prefilled once and its cache repeated for its group. Greedy takes the likeliest token and ignores
-        the temperature. Raises FloatingPointError if the model's log-probabilities are not finite.
+        the temperature; greedy and without `explore` there is no exploration noise. Raises
+        FloatingPointError if the model's log-probabilities are not finite.
         """
         encoded = self.encode([example.prompt for example in examples])
         packed = self.pack(encoded, [[self.pad_id]] * len(encoded), [""] * len(encoded))
@@ -212,7 +245,9 @@ class TokenPolicy:
         uniforms = row_uniforms(key, range(first, first + len(encoded)), group_size, max_new_tokens)
         uniforms = uniforms if self.device.type == "mps" else uniforms.to(self.device)  # mps has no float64
         choose = (lambda log_probs, _: log_probs.argmax(-1)) if greedy else inverse_cdf
-        actions, mask, logp = self.decode(hidden, cache, packed.prompt_mask.sum(1)[group], key_mask, uniforms, choose)
+        noise = self.exploration_noise if explore and not greedy else 0.0
+        lengths = packed.prompt_mask.sum(1)[group]
+        actions, mask, logp = self.decode(hidden, cache, lengths, key_mask, uniforms, choose, noise)
         if not logp.isfinite().all():
             raise FloatingPointError("the model's log-probabilities are not finite")
         width = int(mask.sum(1).max())
@@ -225,7 +260,7 @@ class TokenPolicy:
         rollout.texts = self.tokenizer.batch_decode(rollout.completion_ids, skip_special_tokens=True)
         return rollout
 
-    def decode(self, hidden, cache: Cache, positions, key_mask, uniforms, choose: Callable):
+    def decode(self, hidden, cache: Cache, positions, key_mask, uniforms, choose: Callable, noise: float):
         """Decode up to T tokens for each row: ids (B, T), mask (B, T), log-probabilities (B, T) float32.
 
         `hidden` (B, C) predicts the first token, which stands at `positions` (B,); `choose` turns log-probabilities
@@ -233,12 +268,12 @@ class TokenPolicy:
         """
         actions = torch.full(uniforms.shape, self.pad_id, device=self.device)
         mask = torch.zeros_like(actions, dtype=torch.bool)
-        logp = torch.zeros(actions.shape, device=self.device)
+        logp = torch.zeros(actions.shape, dtype=torch.promote_types(hidden.dtype, torch.float32), device=self.device)
         ends = torch.tensor(self.end_ids, device=self.device)
         rows = torch.arange(len(actions), device=self.device)  # the rows that are still in the batch
         going = torch.ones_like(rows, dtype=torch.bool)  # those of them that have not ended
         for t in range(actions.shape[1]):
-            distribution = log_distribution(self.model.logits(hidden), self.temperature)
+            distribution = log_distribution(self.model.logits(hidden), self.temperature, noise)
             token = choose(distribution, uniforms[rows.to(uniforms.device), t])
             actions[rows[going], t], mask[rows[going], t] = token[going], True
             logp[rows[going], t] = distribution.gather(1, token[:, None])[going, 0]
@@ -262,9 +297,10 @@ class TokenPolicy:
         """
         shared = share_prompts and len(rollout.group) > len(rollout.prompts)
         hidden = (self.shared_hidden if shared else self.joined_hidden)(rollout)  # (B, T, C)
-        distribution = log_distribution(self.model.logits(hidden[rollout.mask]), self.temperature)  # (tokens, V)
+        logits = self.model.logits(hidden[rollout.mask])  # (tokens, V)
+        distribution = log_distribution(logits, self.temperature, self.exploration_noise)
         picked = distribution.gather(1, rollout.actions[rollout.mask][:, None])[:, 0]
-        blank = torch.zeros(rollout.actions.shape, device=picked.device)
+        blank = picked.new_zeros(rollout.actions.shape)
         logp = blank.masked_scatter(rollout.mask, picked)
         with torch.no_grad():
             entropy = blank.masked_scatter(rollout.mask, torch.special.entr(distribution.exp()).sum(-1))
@@ -373,7 +409,9 @@ def save(policy: TokenPolicy, folder: Path) -> None:
     save_weights(folder / "model.safetensors", policy.model)
 
 
-def load(folder: str | Path, device: torch.device, temperature: float = 1.0) -> TokenPolicy:
+def load(
+    folder: str | Path, device: torch.device, temperature: float = 1.0, exploration_noise: float = 0.0
+) -> TokenPolicy:
     """The policy in a checkpoint folder, in float32; raises UserError naming the file that is missing or damaged."""
     folder = Path(folder)
     if not folder.is_dir() or not any(folder.iterdir()):
@@ -401,7 +439,7 @@ def load(folder: str | Path, device: torch.device, temperature: float = 1.0) -> 
     sources = [values, read_json(generation) if generation.is_file() else {}]
     ends = [source.get("eos_token_id") for source in sources]
     ends = [i for end in ends for i in (end if isinstance(end, list) else [end]) if i is not None]
-    return TokenPolicy(model.to(device), tokenizer, temperature, ends)
+    return TokenPolicy(model.to(device), tokenizer, temperature, ends, exploration_noise)
 
 
 def start_run(folder: str, settings: dict, overwrite: bool, **more) -> Path:
@@ -433,11 +471,19 @@ def append_json(path: Path, *values: dict) -> None:
         file.writelines(json.dumps(value) + "\n" for value in values)
 
 
-def save_state(out: Path, step: int, model: Llama, optimizer: torch.optim.Optimizer, progress: dict) -> None:
+def save_state(
+    out: Path,
+    step: int,
+    model: Llama,
+    optimizer: torch.optim.Optimizer,
+    progress: dict,
+    reference: Llama | None = None,
+) -> None:
     """Write all that continuing after `step` needs to out/resume/STEP, then point to it; the newest two stay.
 
     The folder is written under another name and renamed, so that a state is there whole or not at all. Randomness is a
-    function of seed and step, so no generator's state is among it. The best checkpoint so far is kept by a hard link.
+    function of seed and step, so no generator's state is among it. `reference` is given if training changes it.
+    The best checkpoint so far is kept by a hard link.
     """
     folder, partial = out / "resume" / f"{step:06d}", out / "resume" / ".partial"
     for old in (folder, partial):
@@ -447,6 +493,8 @@ def save_state(out: Path, step: int, model: Llama, optimizer: torch.optim.Optimi
     moments = {f"{names[i]} {key}": x for i, s in optimizer.state_dict()["state"].items() for key, x in s.items()}
     save_weights(partial / "weights.safetensors", model)
     atomic_write(partial / "optimizer.safetensors", lambda path: save_file(moments, path))
+    if reference is not None:
+        save_weights(partial / "reference.safetensors", reference)
     write_json(partial / "progress.json", progress)
     if (out / "model.safetensors").exists():
         try:
@@ -459,7 +507,9 @@ def save_state(out: Path, step: int, model: Llama, optimizer: torch.optim.Optimi
         shutil.rmtree(old)
 
 
-def load_state(out: Path, model: Llama, optimizer: torch.optim.Optimizer, progress: type):
+def load_state(
+    out: Path, model: Llama, optimizer: torch.optim.Optimizer, progress: type, reference: Llama | None = None
+):
     """Restore the newest saved state and return its progress; metrics and samples after it are cut off.
 
     Raises UserError, before any file is changed, for a state that is missing or damaged.
@@ -477,6 +527,8 @@ def load_state(out: Path, model: Llama, optimizer: torch.optim.Optimizer, progre
             if not isinstance(getattr(values, field.name), field.type):
                 raise ValueError(f"{field.name} in progress.json is not of type {field.type}")
         load_weights(folder / "weights.safetensors", model)
+        if reference is not None:
+            load_weights(folder / "reference.safetensors", reference)
         moments = load_tensors(folder / "optimizer.safetensors")
         state = optimizer.state_dict()
         for i, (name, weight) in enumerate(model.named_parameters()):
@@ -556,7 +608,7 @@ def evaluate(
         size = max(1, batch_rows // group_size)
         for start in range(0, len(examples), size):
             part = examples[start : start + size]
-            rollout = policy.sample(part, group_size, (seed, 0, 0), max_new_tokens, greedy=greedy, first=start)
+            rollout = policy.sample(part, group_size, (seed, 0, 0), max_new_tokens, greedy, start, explore=False)
             rows = [example for example in part for _ in range(group_size)]
             for name, function in functions.items():
                 table[name] += apply_reward(name, function, rows, rollout)

@@ -219,15 +219,16 @@ class Llama(nn.Module):
         return self.model.norm(x)
 
     def rotary(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines (B, 1, T, D), in float32 until the last step."""
-        exponent = torch.arange(0, self.config.head_dim, 2, device=positions.device).float() / self.config.head_dim
-        angle = positions[:, None, :, None].float() * self.config.rope_theta**-exponent  # (B, 1, T, D / 2)
+        """Cosines and sines (B, 1, T, D), in float32 or wider until the last step."""
+        wide = torch.promote_types(dtype, torch.float32)
+        exponent = torch.arange(0, self.config.head_dim, 2, device=positions.device, dtype=wide) / self.config.head_dim
+        angle = positions[:, None, :, None].to(wide) * self.config.rope_theta**-exponent  # (B, 1, T, D / 2)
         angle = torch.cat([angle, angle], dim=-1)
         return angle.cos().to(dtype), angle.sin().to(dtype)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Float32 logits (..., V) of hidden states (..., C)."""
-        return self.lm_head(hidden).float()
+        """Logits (..., V) of hidden states (..., C)."""
+        return self.lm_head(hidden)
 
 
 def attention_mask(new: int, length: int, key_mask: torch.Tensor | None, device) -> torch.Tensor | None:

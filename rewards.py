@@ -62,6 +62,15 @@ def answer_exact(prompts, completions, answer, **_) -> list[float]:
     return [float(value is not None and value == int(right)) for value, right in zip(values, answer, strict=True)]
 
 
+def soft_overlong(limit: int, buffer: float) -> RewardFunction:
+    """A penalty on length: 0 up to (1 - buffer) * limit tokens, then linear to -1 at the limit (DAPO, eq. 13)."""
+
+    def overlong(completion_ids, **_) -> list[float]:
+        return [min(0.0, (limit - len(ids)) / (buffer * limit) - 1) for ids in completion_ids]
+
+    return overlong
+
+
 REWARDS: dict[str, RewardFunction] = {f.__name__: f for f in (answer_format, answer_near, answer_exact)}
 
 

@@ -1,0 +1,248 @@
+"""Parity with TRL: losses and their gradients, advantages, and reward functions carried in both directions.
+
+Both sides compute in float64 on the same weights and the same sampled ids, so that what is compared is the formula.
+"""
+
+import os
+
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+
+import dataclasses
+
+import pytest
+import torch
+from datasets import Dataset
+from trl import GRPOConfig as TRLConfig
+from trl import GRPOTrainer, RLOOConfig, RLOOTrainer
+from trl.rewards import get_soft_overlong_punishment, think_format_reward
+
+import grpo
+import tasks
+from grpo import ALGORITHMS, Algorithm, compute_rewards, group_advantages, policy_loss
+from inference import save
+from rewards import answer_exact, answer_format, answer_near, parse_rewards, soft_overlong
+from tasks import Example
+
+PROMPTS = ["(4-9)*6=", "1+2=", "7*8-3="]
+G, LENGTH = 4, 12
+REWARDS = torch.tensor([[1.0, 0.2, 0.0, 0.4], [0.3, 0.7, 0.7, 0.1], [0.9, 0.5, 0.2, 0.2]])
+
+
+@pytest.fixture(scope="module")
+def policies(random_policy):
+    """The policy, the older one that sampled, and the reference: three sets of weights near each other."""
+    policies = [random_policy(end="05", seed=0) for _ in range(3)]
+    for seed, scale, policy in ((0, 0.0, policies[0]), (1, 0.015, policies[1]), (2, 0.03, policies[2])):
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for weight in policy.model.parameters():
+                weight *= 0.6 if weight.dim() > 1 else 1.0
+                weight += scale * torch.randn(weight.shape, generator=generator)
+        policy.model.double()
+    return policies
+
+
+@pytest.fixture(scope="module")
+def rollout(policies):
+    """Sampled from the third set of weights, so that the ratio of the first to the second goes both ways."""
+    rollout = policies[2].sample([Example(prompt) for prompt in PROMPTS], G, (0, 0, 0), LENGTH)
+    lengths = rollout.mask.sum(1)
+    assert lengths.min() < lengths.max() == LENGTH and not rollout.prompt_mask.all()
+    return rollout
+
+
+def trl_trainer(policies, folder, trainer, config, reward_funcs, **more):
+    """A trainer of TRL's on the same weights, in float64 on the CPU."""
+    save(policies[0], folder / "model")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model", padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float64)
+    model.get_input_embeddings().padding_idx = None  # a sampled pad token is a token like any other
+    arguments = config(
+        output_dir=str(folder / "out"),
+        beta=0.0,  # set on the trainer afterwards, so that no second model is loaded
+        per_device_train_batch_size=len(PROMPTS) * G,
+        num_generations=G,
+        max_completion_length=LENGTH,
+        steps_per_generation=1,
+        learning_rate=1e-3,
+        max_steps=1,
+        use_cpu=True,
+        bf16=False,
+        fp16=False,
+        gradient_checkpointing=False,
+        report_to="none",
+        disable_tqdm=True,
+        save_strategy="no",
+        **more,
+    )
+    rows = [{"prompt": prompt, "answer": "5"} for prompt in PROMPTS]
+    made = trainer(
+        model=model,
+        reward_funcs=reward_funcs,
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    made.current_gradient_accumulation_steps = 1
+    return made
+
+
+def given_rewards(completions, **_) -> list[float]:
+    return REWARDS.flatten().tolist()
+
+
+@pytest.fixture(scope="module", params=[1.0, 0.7])
+def trainer(request, policies, tmp_path_factory):
+    """One for each temperature, which TRL builds into the model."""
+    settings = {"loss_type": "grpo", "use_bias_correction_kl": False, "temperature": request.param}
+    return trl_trainer(policies, tmp_path_factory.mktemp("trl"), GRPOTrainer, TRLConfig, given_rewards, **settings)
+
+
+def score(policy, rollout, temperature: float) -> torch.Tensor:
+    policy.temperature = temperature
+    return policy.log_probs(rollout)[0]
+
+
+# Name here, loss_type and importance_sampling_level in TRL, and the row or the cells of ours.
+LOSSES = {
+    "grpo": ("grpo", "token", ALGORITHMS["grpo"]),
+    "token mean": ("bnpo", "token", Algorithm(aggregate="token")),
+    "dapo": ("dapo", "token", ALGORITHMS["dapo"]),
+    "dr_grpo": ("dr_grpo", "token", ALGORITHMS["dr_grpo"]),
+    "cispo": ("cispo", "token", ALGORITHMS["cispo"]),
+    "gspo": ("grpo", "sequence", ALGORITHMS["gspo"]),
+    "gspo, wide": ("grpo", "sequence", dataclasses.replace(ALGORITHMS["gspo"], epsilon=0.02, epsilon_high=0.05)),
+    "cispo, capped": ("cispo", "token", dataclasses.replace(ALGORITHMS["cispo"], epsilon_high=0.1)),
+    "asymmetric": ("grpo", "token", Algorithm(epsilon=0.1, epsilon_high=0.3)),
+}
+
+
+@pytest.mark.parametrize("kl", [None, "k3", "k3_unbiased"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_loss_and_gradient_are_trls(policies, rollout, trainer, monkeypatch, name, kl):
+    temperature = trainer.temperature
+    loss_type, level, algorithm = LOSSES[name]
+    algorithm = dataclasses.replace(algorithm, beta=0.3 if kl else 0.0, kl_estimator=kl or "k3")
+    with torch.no_grad():
+        old, ref = (score(policy, rollout, temperature) for policy in policies[1:])
+    advantages = group_advantages(REWARDS.double(), "group").flatten()
+
+    policies[0].model.zero_grad()
+    logp = score(policies[0], rollout, temperature)
+    loss, stats = policy_loss(
+        logp,
+        old,
+        advantages,
+        rollout.mask,
+        algorithm,
+        ref if kl else None,
+        LENGTH * len(old) if algorithm.aggregate == "constant" else None,
+    )
+    loss.backward()
+
+    high = 1 + algorithm.epsilon_high if loss_type == "cispo" else algorithm.epsilon_high  # TRL's cap is absolute
+    for attribute, value in {
+        "loss_type": loss_type, "importance_sampling_level": level, "beta": algorithm.beta,
+        "epsilon_low": algorithm.epsilon, "epsilon_high": high, "max_completion_length": LENGTH,
+    }.items():  # fmt: skip
+        assert hasattr(trainer, attribute)
+        monkeypatch.setattr(trainer, attribute, value)
+    monkeypatch.setattr(trainer.args, "use_bias_correction_kl", kl == "k3_unbiased")
+    trainer.model.train()
+    trainer.model.zero_grad()
+    theirs = trainer._compute_loss(
+        trainer.model,
+        {
+            "prompt_ids": rollout.prompts[rollout.group],
+            "prompt_mask": rollout.prompt_mask[rollout.group].long(),
+            "completion_ids": rollout.actions,
+            "completion_mask": rollout.mask.long(),
+            "advantages": advantages,
+            "old_per_token_logps": old,
+            "ref_per_token_logps": ref,
+            "num_items_in_batch": rollout.mask.sum(),
+        },
+    )
+    theirs.backward()
+    assert abs(loss.item() - theirs.item()) <= 1e-6
+    for key, weight in trainer.model.named_parameters():
+        gradient = policies[0].model.get_parameter(key).grad
+        assert (gradient - weight.grad).abs().max() <= 1e-6, key
+    norm = sum(weight.grad.square().sum() for weight in trainer.model.parameters()).sqrt()
+    assert norm > 1e-2, "or the comparison would say nothing"
+    if name in ("grpo", "dapo", "gspo", "gspo, wide", "asymmetric"):
+        assert stats["clip_low"] > 0 and stats["clip_high"] > 0, "the clip must have acted"
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_advantages_are_trls(trainer, monkeypatch, scale):
+    monkeypatch.setattr(trainer, "scale_rewards", scale)
+    inputs = [{"prompt": prompt, "answer": "5"} for prompt in PROMPTS for _ in range(G)]
+    theirs = trainer._generate_and_score_completions(inputs)["advantages"]
+    torch.testing.assert_close(group_advantages(REWARDS, scale).flatten(), theirs, rtol=0, atol=1e-6, check_dtype=False)
+
+
+def test_leave_one_out_is_trls_rloo(policies, tmp_path):
+    made = trl_trainer(policies, tmp_path, RLOOTrainer, RLOOConfig, given_rewards, normalize_advantages=False)
+    inputs = [{"prompt": prompt, "answer": "5"} for prompt in PROMPTS for _ in range(G)]
+    theirs = made._generate_and_score_completions(inputs)["advantages"]
+    ours = group_advantages(REWARDS, "leave_one_out").flatten()
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6, check_dtype=False)
+
+
+def test_the_overlong_penalty_is_trls():
+    ids = [[0] * length for length in (1, 79, 80, 81, 90, 99, 100)]
+    theirs = get_soft_overlong_punishment(max_completion_len=100, soft_punish_cache=20)(ids)
+    assert soft_overlong(100, 0.2)(completion_ids=ids) == pytest.approx(theirs, abs=1e-12)
+
+
+def test_trls_reward_functions_run_in_our_loop(random_policy, tmp_path):
+    """`think_format_reward` reads message lists, so it gets a chat model's; the other one reads ids."""
+    file = tmp_path / "theirs.py"
+    file.write_text(
+        "from trl.rewards import get_soft_overlong_punishment, think_format_reward\n"
+        "overlong = get_soft_overlong_punishment(max_completion_len=12, soft_punish_cache=6)\n"
+    )
+    mix = parse_rewards(f"{file}:think_format_reward=1,{file}:overlong=0.5")
+    examples = [Example([{"role": "user", "content": prompt}], {"answer": "5"}) for prompt in PROMPTS]
+    policy = random_policy(end="05")
+    policy.tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    rollout = policy.sample(examples, G, (0, 0, 0), LENGTH)
+    rollout.texts[0] = "<think>4-9=-5</think>-30"
+    total, means = compute_rewards(mix, examples, rollout, G)
+    penalty = [-max(0.0, (length - 6) / 6) for length in rollout.mask.sum(1).tolist()]
+    expected = [(i == 0) + 0.5 * value for i, value in enumerate(penalty)]
+    assert total.flatten().tolist() == pytest.approx(expected, abs=1e-6) and min(penalty) == -1
+    assert think_format_reward([[{"role": "assistant", "content": rollout.texts[0]}]]) == [1.0]
+    assert means["reward/think_format_reward"] == pytest.approx(1 / 12)
+
+
+def test_our_reward_functions_run_in_trls_trainer(policies, tmp_path):
+    functions = [answer_format, answer_near, answer_exact]
+    made = trl_trainer(
+        policies, tmp_path, GRPOTrainer, TRLConfig, functions, loss_type="grpo", reward_weights=[0.2, 0.2, 0.6]
+    )
+    made.train()
+    (logged,) = [line for line in made.state.log_history if "reward" in line]
+    assert {f"rewards/{f.__name__}/mean" for f in functions} <= logged.keys()
+    assert logged["reward"] == pytest.approx(0.0)  # a random policy answers nothing
+
+
+def test_one_step_of_ours_with_a_reward_of_trls(random_policy, tmp_path, monkeypatch):
+    """From the command's point of view: --rewards FILE.py:NAME=WEIGHT with a function that is TRL's."""
+    file = tmp_path / "theirs.py"
+    file.write_text("from trl.rewards import get_soft_overlong_punishment\novl = get_soft_overlong_punishment(8, 8)\n")
+    policy = random_policy(end="05")
+    save(policy, tmp_path / "base")
+    task = tasks.TASKS["arithmetic"]
+    few = [Example(prompt, {"answer": "5"}) for prompt in PROMPTS]
+    splits = {"train": few, "validation": few, "held_out": few}
+    monkeypatch.setitem(tasks.TASKS, "arithmetic", dataclasses.replace(task, load=lambda **_: splits))
+    config = grpo.GRPOConfig(
+        model=str(tmp_path / "base"), out=str(tmp_path / "run"), rewards=f"{file}:ovl=1", steps=1, batch_size=3,
+        num_generations=4, max_new_tokens=8,
+    )  # fmt: skip
+    run = grpo.train(config)
+    assert run.progress.step == 1
