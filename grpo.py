@@ -345,11 +345,9 @@ def descend(policy: TokenPolicy, optimizer: torch.optim.Optimizer, loss: float, 
 
 def mean_log_probs(policy: TokenPolicy, batches: list[torch.Tensor], parts: list[Rollout]) -> torch.Tensor:
     """Mean log-probability per token (B,) of each completion under the policy as it is now, without gradient."""
-    means = torch.zeros(sum(map(len, batches)), device=policy.device)
     with torch.no_grad():
-        for rows, part in zip(batches, parts, strict=True):
-            means[rows] = policy.log_probs(part)[0].sum(1) / part.mask.sum(1)
-    return means
+        means = torch.cat([policy.log_probs(part)[0].sum(1) / part.mask.sum(1) for part in parts])
+    return means[torch.cat(batches).argsort()]
 
 
 def update(

@@ -15,9 +15,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import settings as settings_of_hypothesis
-from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -29,8 +26,6 @@ from grpo import (
     GRPOConfig,
     compute_rewards,
     group_advantages,
-    kl_penalty,
-    policy_loss,
     take_prompts,
     update,
 )
@@ -83,161 +78,6 @@ def settings(base: Path, out: Path, **more) -> GRPOConfig:
 def digits(prompts, completions, **_) -> list[float]:
     """The share of digits in a completion: a reward with spread for a policy that knows nothing."""
     return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]
-
-
-# --- Advantages -------------------------------------------------------------------------------------------------
-
-
-def test_advantages_worked_by_hand():
-    # mean 1/2, deviations +-1/2, unbiased variance 4 * (1/4) / 3 = 1/3
-    value = 0.5 / (math.sqrt(1 / 3) + 1e-4)
-    expected = torch.tensor([[value, -value, -value, value]])
-    torch.testing.assert_close(group_advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0]])), expected, rtol=1e-6, atol=0)
-
-
-def test_advantages_are_per_row_of_the_rewards_and_sum_to_zero():
-    rewards = torch.rand(5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    together = group_advantages(rewards)
-    alone = torch.cat([group_advantages(row[None]) for row in rewards])
-    torch.testing.assert_close(together, alone, rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(together.sum(1), torch.zeros(5, dtype=torch.float64), rtol=0, atol=1e-12)
-
-
-numbers = st.floats(-100, 100, width=32)
-groups = st.integers(2, 9).flatmap(lambda size: st.lists(st.lists(numbers, min_size=size, max_size=size), min_size=1))
-
-
-@settings_of_hypothesis(deadline=None)
-@given(groups, st.floats(-50, 50, width=32))
-def test_advantages_of_any_rewards(rows, shift):
-    """They sum to zero, do not change when all rewards rise alike, and follow the order of the rewards."""
-    rewards = torch.tensor(rows, dtype=torch.float64)
-    advantages = group_advantages(rewards)
-    torch.testing.assert_close(advantages.sum(1), torch.zeros(len(rows), dtype=torch.float64), rtol=0, atol=1e-6)
-    torch.testing.assert_close(group_advantages(rewards + shift), advantages, rtol=1e-6, atol=1e-6)
-    order = torch.randperm(rewards.shape[1], generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(group_advantages(rewards[:, order]), advantages[:, order], rtol=1e-6, atol=1e-9)
-    flat = rewards.amax(1) == rewards.amin(1)
-    assert not advantages[flat].any()
-
-
-@pytest.mark.parametrize("value", [0.0, 1.0, 0.1, 0.2 + 0.2 + 0.6, 1e6])
-def test_flat_group_is_exactly_zero(value):
-    # 0.1 seven times has a mean that is not 0.1 in float32: dividing that rounding by the 1e-4 would be visible
-    assert torch.equal(group_advantages(torch.full((2, 7), value)), torch.zeros(2, 7))
-
-
-def test_a_group_of_one_is_refused():
-    with pytest.raises(ValueError, match="at least 2"):
-        group_advantages(torch.ones(4, 1))
-
-
-# --- Loss -------------------------------------------------------------------------------------------------------
-
-
-def loss_of_one_token(ratio: float, advantage: float) -> tuple[float, float]:
-    """Loss and its derivative by logp for a single token with this ratio, without KL."""
-    logp = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
-    mask = torch.ones(1, 1, dtype=torch.bool)
-    zero = torch.zeros(1, 1, dtype=torch.float64)
-    loss, _ = policy_loss(logp, zero, torch.tensor([advantage], dtype=torch.float64), mask, GRPO)
-    loss.backward()
-    return loss.item(), logp.grad.item()
-
-
-@pytest.mark.parametrize(
-    ("ratio", "advantage", "loss", "gradient"),
-    [
-        (0.5, 2.0, -1.0, -1.0),  # A > 0: alive below and inside, dead above 1.2
-        (1.1, 2.0, -2.2, -2.2),
-        (1.5, 2.0, -2.4, 0.0),
-        (0.5, -2.0, 1.6, 0.0),  # A < 0: dead below 0.8, alive inside and above
-        (1.1, -2.0, 2.2, 2.2),
-        (1.5, -2.0, 3.0, 3.0),
-    ],
-)
-def test_six_cells_of_the_clip(ratio, advantage, loss, gradient):
-    assert loss_of_one_token(ratio, advantage) == pytest.approx((loss, gradient), abs=1e-12)
-
-
-def random_batch(rows: int = 6, length: int = 5):
-    """logp, old, ref, advantages and a mask with rows of length 1 to `length`, in float64."""
-    generator = torch.Generator().manual_seed(1)
-    logp, old, ref = (-torch.rand(rows, length, dtype=torch.float64, generator=generator) * 3 for _ in range(3))
-    mask = torch.arange(length) < torch.randint(1, length + 1, (rows, 1), generator=generator)
-    advantages = torch.randn(rows, dtype=torch.float64, generator=generator)
-    return logp, logp + 0.3 * (old - old.mean()), ref, advantages, mask
-
-
-def test_loss_equals_the_formula_written_out_with_loops():
-    logp, old, ref, advantages, mask = random_batch()
-    rows = []
-    for i in range(len(logp)):
-        terms = []
-        for t in range(int(mask[i].sum())):
-            ratio = math.exp(logp[i, t] - old[i, t])
-            a = advantages[i].item()
-            d = (ref[i, t] - logp[i, t]).item()
-            surrogate = min(ratio * a, min(max(ratio, 0.8), 1.2) * a)
-            terms.append(-surrogate + 0.04 * (math.exp(d) - d - 1))
-        rows.append(sum(terms) / len(terms))
-    loss, _ = policy_loss(logp, old, advantages, mask, GRPO, ref)
-    assert loss.item() == pytest.approx(sum(rows) / len(rows), abs=1e-12)
-
-
-def test_stats_count_what_the_clip_removed():
-    logp = torch.log(torch.tensor([[0.5, 1.0, 1.5], [0.5, 1.0, 1.5]]))
-    mask = torch.tensor([[True, True, True], [True, True, False]])
-    _, stats = policy_loss(logp, torch.zeros(2, 3), torch.tensor([1.0, -1.0]), mask, GRPO)
-    assert {name: value.item() for name, value in stats.items()} == pytest.approx(
-        {"tokens": 5, "clip_low": 1, "clip_high": 1, "ratio_max": 1.5}
-    )
-
-
-@pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf, 1e30])
-def test_padding_changes_neither_value_nor_gradient(garbage):
-    logp, old, ref, advantages, mask = random_batch()
-    results = []
-    for fill in (0.0, garbage):
-        tensors = [torch.where(mask, x, fill).requires_grad_() for x in (logp, old, ref)]
-        loss, stats = policy_loss(tensors[0], tensors[1].detach(), advantages, mask, GRPO, tensors[2].detach())
-        loss.backward()
-        assert not tensors[0].grad[~mask].any()
-        results.append((loss.detach(), tensors[0].grad, *stats.values()))
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
-def test_one_denominator_makes_any_split_the_same_loss():
-    logp, old, ref, advantages, mask = random_batch()
-    whole, _ = policy_loss(logp, old, advantages, mask, GRPO, ref)
-    for cuts in ([1] * 6, [2, 4], [5, 1]):
-        parts = zip(*(x.split(cuts) for x in (logp, old, advantages, mask, ref)), strict=True)
-        total = sum(policy_loss(*part[:4], GRPO, part[4], denominator=6)[0] for part in parts)
-        torch.testing.assert_close(total, whole, rtol=1e-12, atol=0)
-
-
-def test_loss_at_the_first_update_is_minus_the_mean_advantage_but_its_gradient_is_not_zero():
-    logp, _, _, _, mask = random_batch()
-    logp.requires_grad_()
-    advantages = group_advantages(torch.tensor([[0.0, 0.0, 1.0, 0.0, 1.0, 0.0]], dtype=torch.float64))[0]
-    loss, _ = policy_loss(logp, logp.detach(), advantages, mask, GRPO)
-    loss.backward()
-    assert abs(loss.item()) < 1e-12
-    expected = -(advantages / mask.sum(1) / 6)[:, None] * mask
-    torch.testing.assert_close(logp.grad, expected, rtol=1e-12, atol=0)
-
-
-def test_kl_estimate_is_the_kl_from_policy_to_reference():
-    # Exact expectation over a distribution of three: sum pi * k3 = KL(pi || ref), which tells d's sign.
-    pi, ref = torch.tensor([[0.7, 0.2, 0.1], [0.2, 0.3, 0.5]], dtype=torch.float64)
-    exact = (pi * (pi / ref).log()).sum()
-    assert (pi * kl_penalty(pi.log(), ref.log())).sum().item() == pytest.approx(exact.item(), abs=1e-12)
-
-
-def test_kl_estimate_by_hand_and_clamped_where_exp_would_overflow():
-    value = kl_penalty(torch.tensor([-1.0, -2.0, -1000.0]), torch.tensor([-1.0, -1.0, 0.0]))
-    assert value.tolist() == pytest.approx([0.0, math.e - 2, math.exp(20) - 21], rel=1e-6)
-    assert kl_penalty(torch.tensor([0.0]), torch.tensor([-1000.0])).item() == pytest.approx(999, rel=1e-6)
 
 
 # --- Prompts and rewards ----------------------------------------------------------------------------------------

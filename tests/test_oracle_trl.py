@@ -113,7 +113,7 @@ LOSSES = {
     "dr_grpo": ("dr_grpo", "token", ALGORITHMS["dr_grpo"]),
     "cispo": ("cispo", "token", ALGORITHMS["cispo"]),
     "gspo": ("grpo", "sequence", ALGORITHMS["gspo"]),
-    "gspo, wide": ("grpo", "sequence", dataclasses.replace(ALGORITHMS["gspo"], epsilon=0.02, epsilon_high=0.05)),
+    "gspo, wide": ("grpo", "sequence", dataclasses.replace(ALGORITHMS["gspo"], epsilon=0.01, epsilon_high=0.02)),
     "cispo, capped": ("cispo", "token", dataclasses.replace(ALGORITHMS["cispo"], epsilon_high=0.1)),
     "asymmetric": ("grpo", "token", Algorithm(epsilon=0.1, epsilon_high=0.3)),
 }

@@ -1,0 +1,190 @@
+"""Expectations as exact sums over every completion: what each estimator estimates, to 1e-10."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from enumeration import (
+    COMPLETIONS,
+    LENGTH,
+    MASK,
+    REWARDS,
+    bias,
+    expected_loss,
+    expected_reward,
+    gradient_of,
+    log_probs,
+    table_of_logits,
+)
+
+from grpo import ALGORITHMS, Algorithm, kl_penalty, pairwise_advantages, policy_loss
+
+PLAIN = {"beta": 0.0, "aggregate": "constant"}
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor, atol: float = 1e-10) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
+
+
+@pytest.fixture(params=[0, 1, 2])
+def logits(request):
+    return table_of_logits(request.param).requires_grad_()
+
+
+def test_the_listed_completions_are_all_there_are(logits):
+    assert len(COMPLETIONS) == 7 and log_probs(logits).sum(1).exp().sum().item() == pytest.approx(1, abs=1e-12)
+
+
+# --- The policy gradient --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("surrogate", ["clip", "cispo", "plain"])
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+@pytest.mark.parametrize(("advantage", "factor"), [("none", 2 / 3), ("leave_one_out", 1.0)])
+def test_the_constant_aggregate_is_unbiased(logits, advantage, factor, ratio, surrogate):
+    """E[gradient] = -gradient of E[R], over max_new_tokens, and times (G - 1) / G where the mean holds the row itself.
+
+    The sequence ratio too: its mean over the tokens and the sum over them cancel.
+    """
+    algorithm = Algorithm(advantage=advantage, ratio=ratio, surrogate=surrogate, **PLAIN)
+    step = -gradient_of(expected_loss([logits], [REWARDS], 3, algorithm), logits)
+    truth = factor / LENGTH * gradient_of(expected_reward(logits), logits)
+    close(step, truth)
+
+
+@pytest.mark.parametrize("name", ["rloo", "dr_grpo"])
+def test_rloo_and_dr_grpo_are_unbiased_as_rows_of_the_table(logits, name):
+    truth = gradient_of(expected_reward(logits), logits) / LENGTH * {"rloo": 1, "dr_grpo": 1 / 2}[name]
+    close(-gradient_of(expected_loss([logits], [REWARDS], 2, ALGORITHMS[name]), logits), truth)
+
+
+def test_the_gradient_goes_through_the_exploration_mixture(logits):
+    """With the mixture as the policy the estimate is that of the mixture's expected reward, not of the softmax's."""
+    algorithm = Algorithm(advantage="leave_one_out", **PLAIN)
+    step = -gradient_of(expected_loss([logits], [REWARDS], 2, algorithm, noise=0.3), logits)
+    close(step, gradient_of(expected_reward(logits, noise=0.3), logits) / LENGTH)
+    assert (step - gradient_of(expected_reward(logits), logits) / LENGTH).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("aggregate", ["sequence", "token"])
+def test_the_other_aggregates_and_scales_are_biased(aggregate):
+    """The README's table of biases (`python tests/enumeration.py`) is of something that is there."""
+    ((angle, _),) = bias(Algorithm(advantage="none", aggregate=aggregate), range(1))
+    assert angle > 1
+    ((angle, _),) = bias(Algorithm(advantage="group", aggregate="constant"), range(1))
+    assert angle > 1
+    ((angle, length),) = bias(Algorithm(advantage="none", aggregate="constant"), range(1))
+    assert angle < 1e-4 and length == pytest.approx(1, abs=1e-9)
+
+
+# --- KL -------------------------------------------------------------------------------------------------------------
+
+
+def one_token(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities (3,) of a policy, differentiable by its logits, and of a reference."""
+    logits = table_of_logits(seed)[0].requires_grad_()
+    return logits, table_of_logits(seed + 10)[0].log_softmax(-1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_expected_values_of_the_kl_estimators(seed):
+    logits, ref = one_token(seed)
+    logp = logits.detach().log_softmax(-1)
+    pi = logp.exp()
+    exact = (pi * (logp - ref)).sum()
+    for estimator, expected in (
+        ("k1", exact),
+        ("k2", (pi * (logp - ref) ** 2).sum() / 2),
+        ("k3", exact),
+        ("k3_unbiased", exact),
+    ):
+        close((pi * kl_penalty(logp, ref, estimator, torch.ones(3, dtype=torch.float64))).sum(), expected)
+    assert (kl_penalty(logp, ref) >= 0).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "k3_unbiased"])
+def test_expected_gradients_of_the_kl_estimators(seed, estimator):
+    """In the loss, on-policy, one token: k1 pulls nowhere, k2 and k3_unbiased along KL(pi || ref), k3 the other way."""
+    logits, ref = one_token(seed)
+    logp = logits.log_softmax(-1)
+    pi = logp.detach().exp()
+    ratio = (logp - logp.detach()).exp()
+    gradient = gradient_of((pi * kl_penalty(logp, ref, estimator, ratio)).sum(), logits)
+    reverse = gradient_of((logp.exp() * (logp - ref)).sum(), logits)
+    forward = gradient_of((ref.exp() * (ref - logp)).sum(), logits)
+    close(gradient, {"k1": torch.zeros(3).double(), "k2": reverse, "k3": forward, "k3_unbiased": reverse}[estimator])
+    assert (reverse - forward).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3", "k3_unbiased"])
+def test_over_sequences_the_kl_term_holds_the_visited_prefixes_fixed(logits, estimator):
+    """Its expected gradient is that of the KL at each prefix, weighted by how often the prefix is visited.
+
+    What a token does to the KL of later ones is left out, so it is not the gradient of the KL of whole sequences.
+    """
+    algorithm = Algorithm(beta=1.0, kl_estimator=estimator, aggregate="constant")
+    other = table_of_logits(9)
+    logp, ref = log_probs(logits), log_probs(other)
+    weights = logp.detach().sum(1).exp()
+    total = 0.0
+    for i in range(len(COMPLETIONS)):
+        row = slice(i, i + 1)
+        args = (logp[row], logp[row].detach(), torch.zeros(1).double(), MASK[row], algorithm, ref[row])
+        total = total + weights[i] * policy_loss(*args)[0]
+    gradient = gradient_of(total, logits)
+
+    def divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+        return (p.exp() * (p - q)).sum()
+
+    pi, rho = logits.log_softmax(-1), other.log_softmax(-1)
+    pairs = [(rho[i], pi[i]) if estimator == "k3" else (pi[i], rho[i]) for i in range(3)]
+    visited = [1.0, *pi[0, 1:].detach().exp()]
+    close(gradient, gradient_of(sum(v * divergence(*p) for v, p in zip(visited, pairs, strict=True)) / LENGTH, logits))
+    log_pi = log_probs(logits)
+    whole = (log_pi.sum(1).exp() * (log_pi - ref).sum(1)).sum() / LENGTH
+    assert (gradient - gradient_of(whole, logits)).abs().max() > 1e-3
+
+
+def test_k1_as_a_loss_is_refused_with_the_reason():
+    with pytest.raises(ValueError, match="exactly 0 in expectation.*kl_k1.*k2, k3 or k3_unbiased"):
+        Algorithm(kl_estimator="k1")
+
+
+# --- Pairwise -------------------------------------------------------------------------------------------------------
+
+
+def objective(mean_logp: torch.Tensor, rewards: torch.Tensor, strength: float) -> torch.Tensor:
+    """The pairwise objective written out with loops: the mean over groups of the mean over pairs."""
+    groups = []
+    for line, given in zip(mean_logp, rewards.tolist(), strict=True):
+        wins = [i for i, reward in enumerate(given) if reward == max(given)]
+        losses = [i for i, reward in enumerate(given) if reward != max(given)]
+        pairs = [-torch.log(torch.sigmoid(strength * (line[w] - line[k]))) for w, k in itertools.product(wins, losses)]
+        if pairs:
+            groups.append(sum(pairs) / len(pairs))
+    return sum(groups) / max(1, len(groups))
+
+
+@pytest.mark.parametrize("strength", [2.0, 0.5])
+def test_pairwise_coefficients_are_the_objectives_derivative(strength):
+    generator = torch.Generator().manual_seed(0)
+    rewards = torch.tensor([[1.0, 0, 0, 1], [0, 0, 0, 0], [0.2, 0.1, 0.3, 0.0], [1, 1, 1, 0]])
+    logp = torch.randn(16, 5, dtype=torch.float64, generator=generator).requires_grad_()
+    mask = torch.arange(5) < torch.randint(1, 6, (16, 1), generator=generator)
+    means = (torch.where(mask, logp, 0.0).sum(1) / mask.sum(1)).view(4, 4)
+    expected = gradient_of(objective(means, rewards, strength), logp)
+    advantages = pairwise_advantages(rewards, means, strength)
+    assert not advantages.requires_grad and not advantages[1].any(), "a group without losers teaches nothing"
+    close(advantages.sum(1), torch.zeros(4).double())
+    loss, _ = policy_loss(logp, logp.detach(), advantages.flatten(), mask, ALGORITHMS["pairwise"])
+    close(gradient_of(loss, logp), expected)
+
+
+def test_pairwise_by_hand():
+    """One winner, one loser, equally likely: -log sigmoid(0) has slope -s/2, and there are two rows."""
+    advantages = pairwise_advantages(torch.tensor([[1.0, 0.0]]), torch.zeros(1, 2), 2.0)
+    assert advantages.tolist() == [[2.0, -2.0]]
+    far = pairwise_advantages(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, -3.0]]), 2.0)
+    assert far.tolist()[0] == pytest.approx([4 / (1 + math.exp(6)), -4 / (1 + math.exp(6))], rel=1e-5)

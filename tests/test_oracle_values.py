@@ -1,0 +1,301 @@
+"""Values that a person can check by hand, and gradients against finite differences."""
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+import torch
+
+from grpo import (
+    ALGORITHMS,
+    Algorithm,
+    group_advantages,
+    kl_penalty,
+    loss_denominator,
+    policy_loss,
+)
+from inference import pass_at_k, wilson
+from rewards import soft_overlong
+
+PLAIN = Algorithm(surrogate="plain", beta=0.0)
+
+
+# --- Advantages -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("scale", "first", "second"),
+    [
+        # mean 1/2, deviations +-1/2, unbiased variance 4 * (1/4) / 3 = 1/3
+        ("group", 0.5 / (math.sqrt(1 / 3) + 1e-4), -0.5 / (math.sqrt(1 / 3) + 1e-4)),
+        # all eight rewards: mean 1/4, unbiased variance (2 * 9/16 + 6 * 1/16) / 7 = 3/14
+        ("batch", 0.5 / (math.sqrt(3 / 14) + 1e-4), -0.5 / (math.sqrt(3 / 14) + 1e-4)),
+        ("none", 0.5, -0.5),
+        # 1 - (0 + 0 + 1) / 3, and 0 - (1 + 0 + 1) / 3
+        ("leave_one_out", 2 / 3, -2 / 3),
+    ],
+)
+def test_advantages_by_hand(scale, first, second):
+    advantages = group_advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0]]), scale)
+    torch.testing.assert_close(advantages[0], torch.tensor([first, second, second, first]), rtol=1e-6, atol=0)
+    assert torch.equal(advantages[1], torch.zeros(4))
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 0.1, 0.2 + 0.2 + 0.6, 1e6])
+@pytest.mark.parametrize("scale", ["group", "batch", "none", "leave_one_out"])
+def test_flat_group_is_exactly_zero(value, scale):
+    # 0.1 seven times has a mean that is not 0.1 in float32: dividing that rounding by the 1e-4 would be visible
+    assert torch.equal(group_advantages(torch.full((2, 7), value), scale), torch.zeros(2, 7))
+
+
+def test_a_group_of_one_is_refused():
+    with pytest.raises(ValueError, match="at least 2"):
+        group_advantages(torch.ones(4, 1))
+
+
+def test_overlong_penalty_by_hand():
+    """Limit 100, buffer a fifth: nothing up to 80 tokens, then a twentieth for each token."""
+    lengths = (1, 80, 81, 90, 99, 100)
+    values = soft_overlong(100, 0.2)(completion_ids=[[0] * length for length in lengths])
+    assert values == pytest.approx([0.0, 0.0, -0.05, -0.5, -0.95, -1.0], abs=1e-12)
+
+
+# --- Clip -----------------------------------------------------------------------------------------------------------
+
+
+def loss_of_one_token(ratio: float, advantage: float, algorithm: Algorithm, logp: float = 0.0) -> tuple[float, float]:
+    """Loss and its derivative by logp for a single token with this ratio, without KL."""
+    logp = torch.tensor([[logp]], dtype=torch.float64, requires_grad=True)
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    old = logp.detach() - math.log(ratio)
+    loss, _ = policy_loss(logp, old, torch.tensor([advantage], dtype=torch.float64), mask, algorithm)
+    loss.backward()
+    return loss.item(), logp.grad.item()
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "gradient"),
+    [
+        (0.5, 2.0, -1.0, -1.0),  # A > 0: alive below and inside, dead above 1.2
+        (1.1, 2.0, -2.2, -2.2),
+        (1.5, 2.0, -2.4, 0.0),
+        (0.5, -2.0, 1.6, 0.0),  # A < 0: dead below 0.8, alive inside and above
+        (1.1, -2.0, 2.2, 2.2),
+        (1.5, -2.0, 3.0, 3.0),
+    ],
+)
+def test_six_cells_of_the_clip(ratio, advantage, loss, gradient):
+    assert loss_of_one_token(ratio, advantage, ALGORITHMS["grpo"]) == pytest.approx((loss, gradient), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "ratio", "advantage", "loss"),
+    [
+        ("dapo", 1.25, 1.0, -1.25),  # 1 + 0.28 lets it through
+        ("dapo", 1.5, 1.0, -1.28),
+        ("dapo", 0.7, -1.0, 0.8),
+        ("gspo", 1.001, 1.0, -1.0004),
+        ("gspo", 0.999, -1.0, 0.9997),
+        ("rloo", 1.5, 1.0, -1.2),
+    ],
+)
+def test_the_two_sides_of_the_clip_are_the_rows_own(name, ratio, advantage, loss):
+    assert loss_of_one_token(ratio, advantage, ALGORITHMS[name])[0] == pytest.approx(loss, abs=1e-12)
+
+
+@pytest.mark.parametrize(("ratio", "weight"), [(0.5, 0.5), (1.1, 1.1), (5.0, 5.0), (7.0, 5.0)])
+@pytest.mark.parametrize("advantage", [2.0, -2.0])
+def test_cispo_caps_the_weight_and_keeps_the_gradient(ratio, weight, advantage):
+    """The loss is -weight * A * logp with a weight that is a number: alive on every side."""
+    loss, gradient = loss_of_one_token(ratio, advantage, ALGORITHMS["cispo"], logp=-3.0)
+    assert (loss, gradient) == pytest.approx((3 * weight * advantage, -weight * advantage), abs=1e-12)
+
+
+def test_the_sequence_ratio_is_the_geometric_mean():
+    """Ratios 2, 1 and 4 over three tokens make 2, the same for each; the padding has no part in it."""
+    logp = torch.tensor([[2.0, 1.0, 4.0, 99.0]], dtype=torch.float64).log().requires_grad_()
+    mask = torch.tensor([[True, True, True, False]])
+    algorithm = Algorithm(ratio="sequence", epsilon=0.5, epsilon_high=2.0, beta=0.0)
+    loss, stats = policy_loss(logp, torch.zeros(1, 4).double(), torch.tensor([3.0]), mask, algorithm)
+    loss.backward()
+    assert loss.item() == pytest.approx(-6) and stats["ratio_max"].item() == pytest.approx(2)
+    assert logp.grad.tolist()[0] == pytest.approx([-2, -2, -2, 0])  # -A * r / 3, three times over three
+
+
+def test_stats_count_what_the_clip_removed():
+    logp = torch.log(torch.tensor([[0.5, 1.0, 1.5], [0.5, 1.0, 1.5]]))
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    advantages = torch.tensor([1.0, -1.0])
+    _, stats = policy_loss(logp, torch.zeros(2, 3), advantages, mask, ALGORITHMS["grpo"])
+    assert {name: value.item() for name, value in stats.items()} == pytest.approx(
+        {"tokens": 5, "clip_low": 1, "clip_high": 1, "ratio_max": 1.5}
+    )
+    _, stats = policy_loss(logp, torch.zeros(2, 3), advantages, mask, ALGORITHMS["pairwise"])
+    assert stats["clip_low"] == stats["clip_high"] == 0, "plain clips nothing"
+
+
+# --- Aggregation ----------------------------------------------------------------------------------------------------
+
+# Rows of 1, 2 and 4 tokens with A = 1 and log-probabilities -1, -2 and -4: each token's plain loss is 1, 2 or 4.
+ROWS = torch.tensor([[-1.0] * 4, [-2.0] * 4, [-4.0] * 4], dtype=torch.float64)
+ROWS_MASK = torch.arange(4) < torch.tensor([[1], [2], [4]])
+
+
+@pytest.mark.parametrize(
+    ("aggregate", "loss", "weights"),
+    [
+        ("sequence", (1 + 2 + 4) / 3, [1 / 3, 1 / 6, 1 / 12]),
+        ("token", (1 * 1 + 2 * 2 + 4 * 4) / 7, [1 / 7] * 3),
+        ("constant", (1 * 1 + 2 * 2 + 4 * 4) / 12, [1 / 12] * 3),
+    ],
+)
+def test_aggregates_of_rows_of_1_2_and_4_tokens(aggregate, loss, weights):
+    logp = ROWS.clone().requires_grad_()
+    algorithm = dataclasses.replace(PLAIN, aggregate=aggregate)
+    value, _ = policy_loss(logp, ROWS, torch.ones(3), ROWS_MASK, algorithm)
+    value.backward()
+    assert value.item() == pytest.approx(loss, abs=1e-12)
+    torch.testing.assert_close(logp.grad, -torch.tensor(weights).double()[:, None] * ROWS_MASK, rtol=1e-6, atol=0)
+
+
+def test_denominators_by_hand():
+    """Three rows of 7 tokens in all, completions of at most 10 tokens."""
+    assert [loss_denominator(ROWS_MASK, name, 10) for name in ("sequence", "token", "constant")] == [3, 7, 30]
+
+
+def test_loss_at_the_first_update_is_minus_the_mean_advantage_but_its_gradient_is_not_zero():
+    logp = ROWS.repeat(2, 1).requires_grad_()
+    mask = ROWS_MASK.repeat(2, 1)
+    advantages = group_advantages(torch.tensor([[0.0, 0.0, 1.0, 0.0, 1.0, 0.0]], dtype=torch.float64))[0]
+    loss, _ = policy_loss(logp, logp.detach(), advantages, mask, ALGORITHMS["grpo"])
+    loss.backward()
+    assert abs(loss.item()) < 1e-12
+    expected = -(advantages / mask.sum(1) / 6)[:, None] * mask
+    torch.testing.assert_close(logp.grad, expected, rtol=1e-12, atol=0)
+
+
+# --- KL -------------------------------------------------------------------------------------------------------------
+
+
+def test_kl_estimates_by_hand():
+    """Policy at half the reference's probability (d = ln 2), then at twice; a ratio of 3 for the unbiased one."""
+    logp, ref = torch.tensor([[0.0, math.log(2)], [math.log(2), 0.0]], dtype=torch.float64)
+    expected = {
+        "k1": [-math.log(2), math.log(2)],
+        "k2": [math.log(2) ** 2 / 2] * 2,
+        "k3": [2 - math.log(2) - 1, 0.5 + math.log(2) - 1],
+        "k3_unbiased": [3 * (1 - math.log(2)), 3 * (math.log(2) - 0.5)],
+    }
+    for estimator, values in expected.items():
+        ratio = torch.full((2,), 3.0).double()
+        assert kl_penalty(logp, ref, estimator, ratio).tolist() == pytest.approx(values, abs=1e-12)
+
+
+def test_kl_estimate_is_clamped_where_exp_would_overflow():
+    value = kl_penalty(torch.tensor([-1000.0]), torch.tensor([0.0]))
+    assert value.item() == pytest.approx(math.exp(20) - 21, rel=1e-6)
+    assert kl_penalty(torch.tensor([0.0]), torch.tensor([-1000.0])).item() == pytest.approx(999, rel=1e-6)
+
+
+def test_the_kl_is_measured_whatever_the_estimator_of_the_loss():
+    """`kl` is k3 and `kl_k1` is k1, summed over the tokens, also where the loss takes another one."""
+    logp, ref = torch.full((1, 3), math.log(2)), torch.zeros(1, 3)
+    mask = torch.tensor([[True, True, False]])
+    for estimator in ("k2", "k3", "k3_unbiased"):
+        algorithm = Algorithm(kl_estimator=estimator)
+        _, stats = policy_loss(logp, logp, torch.zeros(1), mask, algorithm, ref)
+        assert stats["kl"].item() == pytest.approx(2 * (math.log(2) - 0.5), rel=1e-5)
+        assert stats["kl_k1"].item() == pytest.approx(2 * math.log(2), rel=1e-6) and stats["kl_clamped"] == 0
+    assert policy_loss(logp - 100, logp, torch.zeros(1), mask, algorithm, ref)[1]["kl_clamped"] == 2
+
+
+# --- The whole loss -------------------------------------------------------------------------------------------------
+
+
+def random_batch(rows: int = 6, length: int = 5):
+    """logp, old, ref, advantages and a mask with rows of length 1 to `length`, in float64."""
+    generator = torch.Generator().manual_seed(1)
+    logp, old, ref = (-torch.rand(rows, length, dtype=torch.float64, generator=generator) * 3 for _ in range(3))
+    mask = torch.arange(length) < torch.randint(1, length + 1, (rows, 1), generator=generator)
+    advantages = torch.randn(rows, dtype=torch.float64, generator=generator)
+    return logp, logp + 0.3 * (old - old.mean()), ref, advantages, mask
+
+
+def test_loss_equals_the_formula_written_out_with_loops():
+    logp, old, ref, advantages, mask = random_batch()
+    rows = []
+    for i in range(len(logp)):
+        terms = []
+        for t in range(int(mask[i].sum())):
+            ratio = math.exp(logp[i, t] - old[i, t])
+            a = advantages[i].item()
+            d = (ref[i, t] - logp[i, t]).item()
+            surrogate = min(ratio * a, min(max(ratio, 0.8), 1.2) * a)
+            terms.append(-surrogate + 0.04 * (math.exp(d) - d - 1))
+        rows.append(sum(terms) / len(terms))
+    loss, _ = policy_loss(logp, old, advantages, mask, ALGORITHMS["grpo"], ref)
+    assert loss.item() == pytest.approx(sum(rows) / len(rows), abs=1e-12)
+
+
+@pytest.mark.parametrize("kl_estimator", ["k2", "k3", "k3_unbiased"])
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_gradients_are_finite_differences(name, kl_estimator):
+    """`gradcheck` in float64, away from the kinks; cispo's weight is a number, so there the ratio is held constant."""
+    algorithm = dataclasses.replace(ALGORITHMS[name], beta=0.1, kl_estimator=kl_estimator)
+    if name == "cispo" and kl_estimator == "k3_unbiased":
+        algorithm = dataclasses.replace(algorithm, kl_estimator="k3")  # its ratio does carry a gradient
+    logp, old, ref, advantages, mask = random_batch()
+    log_ratio = logp - old
+    if algorithm.ratio == "sequence":
+        log_ratio = (torch.where(mask, log_ratio, 0.0).sum(1) / mask.sum(1))[:, None]
+    for kink in (1 - algorithm.epsilon, 1 + algorithm.epsilon_high):
+        assert (log_ratio.exp() - kink).abs().min() > 1e-5, "or the differences straddle it"
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        before = x.detach() - (logp - old) if name == "cispo" else old
+        return policy_loss(x, before, advantages, mask, algorithm, ref)[0]
+
+    assert torch.autograd.gradcheck(loss, logp.clone().requires_grad_(), eps=1e-6, atol=1e-7, rtol=1e-6)
+
+
+# --- Statistics -----------------------------------------------------------------------------------------------------
+
+
+def test_pass_at_k_by_hand():
+    assert pass_at_k(4, 1, 2) == pytest.approx(1 - 3 / 6)  # 3 of the 6 pairs miss it
+    assert pass_at_k(5, 2, 3) == pytest.approx(1 - 1 / 10)
+    assert (pass_at_k(4, 0, 2), pass_at_k(4, 3, 2)) == (0, 1)
+
+
+def test_wilson_by_hand():
+    """Half of 4: 0.5 +- z * sqrt(0.25 / 4 + z^2 / 64) / (1 + z^2 / 4), with z = 1.959964."""
+    half = 1.959964 * math.sqrt(0.0625 + 1.959964**2 / 64) / (1 + 1.959964**2 / 4)
+    assert wilson(2, 4) == pytest.approx((0.5 - half, 0.5 + half), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("right", "total", "low", "high"),
+    [  # Newcombe, Statistics in Medicine 17 (1998), table I, method 3
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0000, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_wilson_against_published_intervals(right, total, low, high):
+    assert wilson(right, total) == pytest.approx((low, high), abs=5e-5)
+    assert wilson(total - right, total) == pytest.approx((1 - high, 1 - low), abs=5e-5)
+
+
+def test_wilson_stays_within_0_and_1():
+    for total in range(1, 300):
+        assert 0 <= wilson(0, total)[0] < wilson(0, total)[1] <= 1
+        assert 0 <= wilson(total, total)[0] < wilson(total, total)[1] <= 1
+
+
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_one():
+    for total in range(1, 8):
+        for right, k in itertools.product(range(total + 1), range(1, total + 1)):
+            subsets = list(itertools.combinations([i < right for i in range(total)], k))
+            assert pass_at_k(total, right, k) == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=1e-12)
