@@ -1,4 +1,4 @@
-"""The algorithm's functions against exact values, one update against an independent one, and the run as a whole."""
+"""One update against an independent one, and the run as a whole; the formulas are in test_oracle_*.py."""
 
 import dataclasses
 import inspect
@@ -294,6 +294,80 @@ def test_best_checkpoint_is_the_best_by_validation(base, tmp_path, small_task, m
     assert same(at_two, load_file(tmp_path / "run" / "model.safetensors"))
 
 
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_algorithm_runs_and_is_stored_with_the_run(base, tmp_path, small_task, name, capsys):
+    config = settings(base, tmp_path / "run", algorithm=name, steps=2, num_inner_updates=2)
+    run = grpo.train(config)
+    assert f"{name}: {ALGORITHMS[name]}" in capsys.readouterr().out
+    stored = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert stored["algorithm"] == dataclasses.asdict(ALGORITHMS[name])
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert ("kl" in lines[1]) == ("kl_k1" in lines[1]) == (ALGORITHMS[name].beta > 0)
+    assert ("reward/overlong-penalty" in lines[1]) == (name == "dapo")
+    assert not same(weights_of(run), load_file(base / "model.safetensors"))
+
+
+def test_flags_override_cells_of_the_row():
+    config = GRPOConfig(algorithm="dapo", aggregate="sequence", beta=0.1, max_resample=0)
+    changed = dataclasses.replace(ALGORITHMS["dapo"], aggregate="sequence", beta=0.1, max_resample=0)
+    assert config.resolved_algorithm == changed
+    assert {cell.name for cell in dataclasses.fields(grpo.Algorithm)} <= {
+        f.name for f in dataclasses.fields(GRPOConfig)
+    }
+
+
+def only_products(prompts, completions, **_) -> list[float]:
+    """A reward that tells completions apart only where the question has a product, so that other groups are flat."""
+    return [len(text) % 7 / 7 if "*" in prompt else 0.0 for prompt, text in zip(prompts, completions, strict=True)]
+
+
+def test_dynamic_sampling_replaces_flat_groups_and_only_those(base, tmp_path, small_task):
+    reward = f"{Path(__file__)}:only_products=1"
+    config = settings(base, tmp_path / "run", rewards=reward, batch_size=8, max_resample=3)
+    run = grpo.prepare(config)
+    for step in range(1, 6):
+        examples = take_prompts(run.data["train"], step, 8, config.seed)
+        rollout, rewards, measured = grpo.sample_groups(run, step)
+        assert rewards.shape == (8, 4) and len(rollout.texts) == 32 and len(rollout.prompts) == 8
+        prompts = [run.policy.tokenizer.decode(p[m]) for p, m in zip(rollout.prompts, rollout.prompt_mask, strict=True)]
+        expected = only_products([prompts[group] for group in rollout.group], rollout.texts)
+        assert rewards.flatten().tolist() == pytest.approx(expected), "each row has its own completion's reward"
+        first = run.policy.sample(examples, 4, (config.seed, step, 0), config.max_new_tokens)
+        alive = [i for i in range(8) if len(set(only_products([examples[i].prompt] * 4, first.texts[4 * i :][:4]))) > 1]
+        kept = [text for i in alive for text in first.texts[4 * i :][:4]]
+        assert rollout.texts[: len(kept)] == kept, "what is not flat stays"
+        assert measured["zero_std_groups"] == pytest.approx(1 - len(alive) / 8), "measured on the first draw"
+        assert measured["samples"] >= 32 + 4 * (8 - len(alive)) and measured["tokens"] > rollout.mask.sum() - 1
+        again = grpo.sample_groups(run, step)[0]
+        assert again.texts == rollout.texts
+
+
+def test_dynamic_sampling_gives_up_after_max_resample_draws(base, tmp_path, small_task):
+    config = settings(base, tmp_path / "run", rewards="answer_exact=1", max_resample=2)
+    run = grpo.prepare(config)
+    rollout, rewards, measured = grpo.sample_groups(run, 1)
+    assert measured["samples"] == 3 * 3 * 4 and rewards.shape == (3, 4) and not rewards.any()
+    assert len(rollout.texts) == 12
+
+
+def test_the_reference_is_refreshed_and_is_part_of_the_state(base, tmp_path, small_task):
+    """KL is measured before the update: 0 whenever the reference was the policy a moment ago."""
+    config = settings(base, tmp_path / "whole", ref_update_every=2, steps=5, save_every=1, beta=1.0)
+    whole = grpo.train(config)
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["kl"] > 0 for line in lines[1:]] == [False, True, False, True, False]
+    grpo.train(dataclasses.replace(config, out=str(tmp_path / "parts"), steps=3))
+    parts = grpo.train(dataclasses.replace(config, out=str(tmp_path / "parts"), resume=True))
+    assert same(weights_of(whole), weights_of(parts))
+    assert same(whole.reference.model.state_dict(), parts.reference.model.state_dict())
+
+
+def test_exploration_noise_is_in_sampler_scorer_and_reference(base, tmp_path, small_task):
+    run = grpo.train(settings(base, tmp_path / "run", exploration_noise=0.5, steps=1))
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[1])
+    assert run.reference.exploration_noise == 0.5 and line["kl"] == 0 and line["sampler_gap"] < 1e-5
+
+
 def test_patience_and_kl_limit_stop_early(base, tmp_path, small_task, capsys):
     run = grpo.train(settings(base, tmp_path / "kl", kl_limit=1e-12))
     assert run.progress.step == 2 and "--kl-limit" in capsys.readouterr().out  # at step 1 policy and reference agree
@@ -344,7 +418,7 @@ def test_the_loop_uses_the_numbers_of_the_docstring():
 # --- Command line -----------------------------------------------------------------------------------------------
 
 
-def command(*arguments: str, cwd: Path = ROOT, **more) -> subprocess.CompletedProcess:
+def command(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, str(ROOT / "grpo.py"), *arguments], capture_output=True, text=True, cwd=cwd)
 
 
@@ -366,17 +440,28 @@ def command(*arguments: str, cwd: Path = ROOT, **more) -> subprocess.CompletedPr
         (["--learning-rate", "inf"], ["--learning-rate"]),
         (["--temperature", "1e-300"], ["--temperature", "0.001"]),
         (["--kl-limit", "0.1", "--beta", "0"], ["--kl-limit", "--beta"]),
+        (["--ref-update-every", "2", "--algorithm", "dapo"], ["--ref-update-every", "--beta"]),
+        (["--kl-estimator", "k1"], ["--kl-estimator", "exactly 0", "k3"]),
+        (["--aggregate", "row"], ["--aggregate", "'row'", "sequence, token, constant"]),
+        (["--advantage", "pairwise"], ["--advantage pairwise", "--surrogate plain"]),
+        (["--algorithm", "pairwise", "--aggregate", "token"], ["pairwise", "--aggregate sequence"]),
+        (["--overlong-buffer", "2"], ["--overlong-buffer", "at most 1"]),
+        (["--exploration-noise", "1"], ["--exploration-noise", "below 1"]),
         (["--seed", "-1"], ["--seed"]),
         (["--device", "toaster"], ["toaster", "cpu"]),
         (["--model", "no_such_folder"], ["no_such_folder", "grpo.py"]),
         (["--out", "no_such_run", "--resume"], ["no_such_run", "--resume"]),
     ],
 )
-def test_mistakes_are_one_line_and_status_2(arguments, words, tmp_path):
-    result = command(*arguments, cwd=tmp_path)
-    assert result.returncode == 2, result.stderr
-    assert result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
-    assert all(word in result.stderr for word in ("error", *words)), result.stderr
+def test_mistakes_are_one_line_and_status_2(arguments, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["grpo.py", *arguments])
+    monkeypatch.setattr(inference.signal, "signal", lambda *_: None)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        inference.run_main(grpo.main, resumable=True)
+    errors = capsys.readouterr().err
+    assert stopped.value.code == 2 and errors.count("\n") == 1, errors
+    assert all(word in errors for word in ("error", *words)), errors
     assert not list(tmp_path.iterdir())
 
 

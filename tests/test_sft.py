@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import inference
 import sft
 import tasks
 from inference import load
@@ -100,11 +100,15 @@ def test_a_checkpoint_can_be_trained_further(few_problems, tmp_path):
         (["--batch", "3"], ["--batch"]),
     ],
 )
-def test_mistakes_are_one_line_and_status_2(arguments, words, tmp_path):
-    command = [sys.executable, str(ROOT / "sft.py"), *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
-    assert all(word in result.stderr for word in ("error", *words)), result.stderr
+def test_mistakes_are_one_line_and_status_2(arguments, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sft.py", *arguments])
+    monkeypatch.setattr(inference.signal, "signal", lambda *_: None)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        inference.run_main(sft.main)
+    errors = capsys.readouterr().err
+    assert stopped.value.code == 2 and errors.count("\n") == 1, errors
+    assert all(word in errors for word in ("error", *words)), errors
     assert not list(tmp_path.iterdir())
 
 

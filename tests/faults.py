@@ -1,0 +1,360 @@
+"""Faults that public implementations had, each put back into this code by a patch, and the test that catches it.
+
+`python tests/faults.py` runs every named test on the whole code (it must pass) and on each patched copy (it must fail),
+and prints a line of JSON a fault; `python tests/faults.py --table` prints the README's table. A patch replaces a text
+that stands exactly once in its file.
+"""
+# ruff: noqa: E501 (patches quote lines of code as they stand)
+
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+GITHUB = "https://github.com/"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What was wrong, where it was seen, the patch, and the test that catches it (file without test_, name)."""
+
+    what: str
+    seen: str  # owner/repository#number of an issue or pull request, or owner/repository and a file
+    file: str
+    old: str
+    new: str
+    test: str
+
+    @property
+    def node(self) -> str:
+        file, _, name = self.test.partition("::")
+        return f"tests/test_{file}.py::{name}"
+
+
+FAULTS = [
+    Fault(
+        "KL with the log-ratio inverted: `log pi - log ref` inside `exp(d) - d - 1`",
+        "hpcaitech/ColossalAI#3696",
+        "grpo.py", "    d = ref_logp - logp\n", "    d = logp - ref_logp\n",
+        "oracle_enumeration::test_expected_values_of_the_kl_estimators",
+    ),
+    Fault(
+        "`max` where PPO has `min`, so that A < 0 is clipped on the wrong side",
+        "yandexdataschool/Practical_RL#248",
+        "grpo.py", "-torch.minimum(", "-torch.maximum(",
+        "oracle_values::test_six_cells_of_the_clip",
+    ),
+    Fault(
+        "the surrogate negated twice, so that the loss is ascended",
+        "fla-org/flash-linear-attention#1073",
+        "grpo.py", "per_token = -torch.minimum(", "per_token = torch.minimum(",
+        "grpo::test_update_raises_the_reward_it_is_given",
+    ),
+    Fault(
+        "the end token masked out, so that stopping is never trained",
+        "open-thought/tiny-grpo `train.py`",
+        "inference.py", "group=group, actions=actions, mask=mask,", "group=group, actions=actions, mask=mask & ~torch.isin(actions, torch.tensor(self.end_ids)),",
+        "oracle_sampler::test_the_mask_ends_with_the_end_token",
+    ),
+    Fault(
+        "the sampling temperature missing in the scorer",
+        "huggingface/trl#3029",
+        "inference.py", "log_distribution(logits, self.temperature, self.exploration_noise)", "log_distribution(logits, 1.0, self.exploration_noise)",
+        "oracle_sampler::test_scorer_is_transformers",
+    ),
+    Fault(
+        "each micro-batch divided by its own number of tokens",
+        "allenai/open-instruct#1161",
+        "grpo.py", "ref_logps[i], denominator\n", "ref_logps[i], None\n",
+        "oracle_properties::test_micro_batches_of_1_of_2_and_of_all_rows_give_the_same_update",
+    ),
+    Fault(
+        "group std with ddof 0",
+        "NVIDIA-NeMo/RL#1423",
+        "grpo.py", "rewards.std(1, keepdim=True) +", "rewards.std(1, keepdim=True, correction=0) +",
+        "oracle_values::test_advantages_by_hand",
+    ),
+    Fault(
+        "flat groups left to the epsilon, which magnifies the rounding of the mean",
+        "NVIDIA-NeMo/RL#4161",
+        "grpo.py", "torch.where(is_flat(rewards)[:, None], 0.0, (rewards - rewards.mean(1, keepdim=True)) / divisor)", "(rewards - rewards.mean(1, keepdim=True)) / divisor",
+        "oracle_values::test_flat_group_is_exactly_zero",
+    ),
+    Fault(
+        "prompts tiled, completions grouped: a group holds completions of several prompts",
+        "databricks/compose-rl#147",
+        "inference.py", "packed.group.repeat_interleave(group_size)", "packed.group.repeat(group_size)",
+        "oracle_sampler::test_shapes_of_a_rollout",
+    ),
+    Fault(
+        "rewards reshaped across groups",
+        "google/tunix#820",
+        "grpo.py", "for v in values]).view(-1, group_size)", "for v in values]).view(group_size, -1).T",
+        "grpo::test_rewards_are_weighted_and_a_missing_one_is_the_mean_of_its_group",
+    ),
+    Fault(
+        "advantages centred on the whole batch where the group is meant",
+        "XU-YIJIE/grpo-flat#2",
+        "grpo.py", "(rewards - rewards.mean(1, keepdim=True)) / divisor", "(rewards - rewards.mean()) / divisor",
+        "oracle_properties::test_groups_do_not_see_each_other",
+    ),
+    Fault(
+        "old log-probabilities taken again at each inner update: the ratio is always 1",
+        "meta-pytorch/torchforge#571",
+        "grpo.py", "if inner == 0:  # the scorer's own values, so the ratio starts at exactly 1\n                old_logps.append(logp.detach())", "if True:\n                old_logps.insert(i, logp.detach())",
+        "grpo::test_ratio_is_one_at_first_and_moves_with_inner_updates",
+    ),
+    Fault(
+        "old log-probabilities with gradient: that of the ratio is 0",
+        "huggingface/trl#224",
+        "grpo.py", "old_logps.append(logp.detach())", "old_logps.append(logp)",
+        "grpo::test_update_equals_an_independent_one_by_transformers",
+    ),
+    Fault(
+        "an advantage that carries gradient",
+        "ChenRocks/fast_abs_rl#49",
+        "grpo.py", "mean_logp.detach()[:, :, None] - mean_logp.detach()[:, None, :]", "mean_logp[:, :, None] - mean_logp[:, None, :]",
+        "oracle_enumeration::test_pairwise_coefficients_are_the_objectives_derivative",
+    ),
+    Fault(
+        "the ratio taken at padding before it is masked: inf * 0 is NaN",
+        "modelscope/ms-swift#9767",
+        "grpo.py", "log_ratio = torch.where(mask, logp - old_logp, 0.0)", "log_ratio = logp - old_logp",
+        "oracle_properties::test_padding_changes_neither_value_nor_gradient",
+    ),
+    Fault(
+        "metrics averaged over padding",
+        "natolambert/rlhf-book#216",
+        "grpo.py", '"tokens": mask.sum(),', '"tokens": mask.sum() + (~mask).sum(),',
+        "oracle_values::test_stats_count_what_the_clip_removed",
+    ),
+    Fault(
+        "prompt tokens in the loss",
+        "NVIDIA-NeMo/RL#2176",
+        "inference.py", "            packed, group=group, actions=actions, mask=mask,",
+        "            packed, group=group, prompts=packed.prompts[:, :-1], prompt_mask=packed.prompt_mask[:, :-1],\n"
+        "            actions=torch.cat([packed.prompts[group, -1:], actions], 1), mask=torch.cat([mask[:, :1], mask], 1),",
+        "oracle_sampler::test_shapes_of_a_rollout",
+    ),
+    Fault(
+        "logits and ids shifted against each other by one",
+        "verl-project/verl#3287",
+        "inference.py", "hidden[:, rollout.prompts.shape[1] - 1 :]", "hidden[:, rollout.prompts.shape[1] - 2 : -1]",
+        "oracle_sampler::test_scorer_is_transformers",
+    ),
+    Fault(
+        "position ids that count left padding",
+        "OpenRLHF/OpenRLHF#217",
+        "inference.py", "positions = (rollout.prompt_mask.cumsum(1) - 1).clamp(min=0)", "positions = (torch.ones_like(rollout.prompts).cumsum(1) - 1).clamp(min=0)",
+        "oracle_sampler::test_scorer_is_transformers",
+    ),
+    Fault(
+        "position ids of the completion off by one",
+        "huggingface/trl#6800",
+        "inference.py", "rollout.prompt_mask.sum(1)[rollout.group, None] + offsets", "rollout.prompt_mask.sum(1)[rollout.group, None] + offsets + 1",
+        "oracle_sampler::test_scorer_is_transformers",
+    ),
+    Fault(
+        "left padding visible to attention",
+        "huggingface/trl#2708",
+        "inference.py", '"key_mask": None if rollout.prompt_mask.all() else rollout.prompt_mask}', '"key_mask": None}',
+        "oracle_sampler::test_scorer_is_transformers",
+    ),
+    Fault(
+        "a stale cache: rows leave the batch, their keys and values stay",
+        "huggingface/transformers#46612",
+        "inference.py", "cache, key_mask = cache.select(keep),", "cache, key_mask = cache.select(torch.arange(len(keep))),",
+        "oracle_sampler::test_greedy_is_generate_of_transformers",
+    ),
+    Fault(
+        "top-k in the sampler, the full vocabulary in the loss",
+        "NVIDIA/NeMo-Aligner#46",
+        "inference.py", "token = choose(distribution,", "token = choose(distribution.where(distribution >= distribution.topk(9).values[:, -1:], -torch.inf),",
+        "oracle_sampler::test_frequencies_follow_the_softmax",
+    ),
+    Fault(
+        "the sequence ratio of GSPO summed, not averaged",
+        "NVIDIA-NeMo/RL#2269",
+        "grpo.py", "(log_ratio.sum(1, keepdim=True) / lengths).expand_as", "log_ratio.sum(1, keepdim=True).expand_as",
+        "oracle_values::test_the_sequence_ratio_is_the_geometric_mean",
+    ),
+    Fault(
+        "the weight of CISPO with gradient",
+        "allenai/open-instruct#1269",
+        "grpo.py", "weight = clipped.detach()", "weight = clipped",
+        "oracle_values::test_cispo_caps_the_weight_and_keeps_the_gradient",
+    ),
+    Fault(
+        "the upper bound of the clip ignored",
+        "rllm-org/rllm#81",
+        "grpo.py", "low, high = 1 - algorithm.epsilon, 1 + algorithm.epsilon_high", "low, high = 1 - algorithm.epsilon, 1 + algorithm.epsilon",
+        "oracle_values::test_the_two_sides_of_the_clip_are_the_rows_own",
+    ),
+    Fault(
+        "rows divided by the padded width, not by their own length",
+        "Tencent-Hunyuan/UniRL#448",
+        "grpo.py", "rows / lengths[:, 0] if", "rows / mask.shape[1] if",
+        "oracle_values::test_aggregates_of_rows_of_1_2_and_4_tokens",
+    ),
+    Fault(
+        "Dr. GRPO's constant replaced by the width of the batch",
+        "verl-project/verl#3741",
+        "grpo.py", '"constant": rows * max_new_tokens}', '"constant": rows * mask.shape[1]}',
+        "oracle_values::test_denominators_by_hand",
+    ),
+    Fault(
+        "truncated completions dropped from one mask and not from the other",
+        "huggingface/trl#4976",
+        "inference.py", "group=group, actions=actions, mask=mask,", "group=group, actions=actions, mask=mask & ~truncated[:, None],",
+        "oracle_sampler::test_truncated_rows_have_a_mask_of_all_ones",
+    ),
+    Fault(
+        "only one of several end ids ends a completion",
+        "huggingface/trl#7039",
+        "inference.py", "sorted({tokenizer.eos_token_id, *end_ids} - {None})", "sorted({tokenizer.eos_token_id} - {None})",
+        "oracle_sampler::test_every_end_id_ends",
+    ),
+    Fault(
+        "tokens after the end token kept in the mask",
+        "bingreeky/MemGen#33",
+        "inference.py", "going &= ~torch.isin(token, ends)", "going &= torch.ones_like(going)",
+        "oracle_sampler::test_the_mask_ends_with_the_end_token",
+    ),
+    Fault(
+        "cumulative sums in low precision over a large vocabulary",
+        "NVIDIA/Megatron-LM#7182",
+        "inference.py", ".cumsum(-1, dtype=torch.float64)", ".cumsum(-1).double()",
+        "oracle_sampler::test_each_token_of_a_large_vocabulary_has_its_own_slice",
+    ),
+    Fault(
+        "a token of probability 0 drawn",
+        "pytorch/pytorch#48841",
+        "inference.py", "uniform[:, None] * total, right=True)", "uniform[:, None] * total, right=False)",
+        "oracle_sampler::test_inverse_cdf_by_hand",
+    ),
+    Fault(
+        "the same random numbers for rows that should differ",
+        "verl-project/verl#5179",
+        "inference.py", "SeedSequence([*key, prompt, completion])", "SeedSequence([*key, completion])",
+        "oracle_sampler::test_key_and_number_of_the_prompt_change_the_rows",
+    ),
+    Fault(
+        "the reference is the policy itself: KL is always 0",
+        "NVIDIA-NeMo/RL#3722",
+        "grpo.py", "copy.deepcopy(policy.model).requires_grad_(False)", "policy.model",
+        "grpo::test_patience_and_kl_limit_stop_early",
+    ),
+    Fault(
+        "gradients of the last inner update not cleared",
+        "huggingface/trl#583",
+        "grpo.py", "    optimizer.zero_grad()\n", "",
+        "oracle_golden::test_ten_updates_are_the_committed_ones",
+    ),
+    Fault(
+        "k1 offered as a loss, whose gradient is 0 in expectation",
+        "NVIDIA-NeMo/RL#2506",
+        "grpo.py", 'if self.kl_estimator == "k1":', 'if self.kl_estimator == "k1":\n            return\n        if False:',
+        "oracle_enumeration::test_k1_as_a_loss_is_refused_with_the_reason",
+    ),
+    Fault(
+        "a reward of None scored as 0",
+        "huggingface/trl#5902",
+        "grpo.py", "values.nanmean(1, keepdim=True), values)", "0.0, values)",
+        "grpo::test_rewards_are_weighted_and_a_missing_one_is_the_mean_of_its_group",
+    ),
+    Fault(
+        "dynamic sampling that pairs kept groups with other groups' rewards",
+        "NVIDIA-NeMo/RL#3794",
+        "grpo.py", "kept.append((rollout.select(rows), rewards[keep]))", "kept.append((rollout.select(rows), rewards[: int(keep.sum())]))",
+        "grpo::test_dynamic_sampling_replaces_flat_groups_and_only_those",
+    ),
+    Fault(
+        "the soft overlong penalty beginning at the limit, not a buffer before it",
+        "verl-project/verl#3856",
+        "rewards.py", "(limit - len(ids)) / (buffer * limit) - 1)", "(limit - len(ids)) / (buffer * limit))",
+        "oracle_values::test_overlong_penalty_by_hand",
+    ),
+    Fault(
+        "pass@k as drawing with replacement, `1 - (1 - c/n)^k`",
+        "verl-project/verl#7240",
+        "inference.py", "1 - math.comb(total - right, k) / math.comb(total, k)", "1 - (1 - right / total) ** k",
+        "oracle_values::test_pass_at_k_by_hand",
+    ),
+]  # fmt: skip
+
+
+def table() -> str:
+    """The README's table."""
+    lines = ["| fault | seen | caught by |", "| --- | --- | --- |"]
+    for fault in FAULTS:
+        repository, _, number = fault.seen.partition("#")
+        if number:
+            where = f"[{fault.seen}]({GITHUB}{repository}/issues/{number})"  # GitHub forwards to the pull request
+        else:
+            repository, file = fault.seen.split()
+            where = f"[{repository}]({GITHUB}{repository}) {file}"
+        lines.append(f"| {fault.what} | {where} | `{fault.test}` |")
+    return "\n".join(lines)
+
+
+def patched_copy(fault: Fault | None, folder: Path) -> None:
+    """The project's code and tests in `folder`, with the fault's patch."""
+    for path in [*ROOT.glob("*.py"), ROOT / "pyproject.toml"]:
+        shutil.copy(path, folder)
+    shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    if fault is not None:
+        source = (folder / fault.file).read_text(encoding="utf-8")
+        assert source.count(fault.old) == 1, f"{fault.what}: the text to patch stands {source.count(fault.old)} times"
+        (folder / fault.file).write_text(source.replace(fault.old, fault.new), encoding="utf-8")
+
+
+class Failures:
+    """A pytest plugin that notes how many tests ran and what the failed ones raised."""
+
+    def __init__(self):
+        self.count, self.raised = 0, []
+
+    def pytest_runtest_makereport(self, item, call):
+        self.count += call.when == "call"
+        if call.excinfo is not None:
+            self.raised.append(f"{call.when}: {call.excinfo.typename}")
+
+
+def outcome(fault: Fault | None, nodes: list[str]) -> dict:
+    """Run tests on a patched copy in this process, which must not have imported the project yet."""
+    import pytest
+
+    failures = Failures()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        patched_copy(fault, folder)
+        os.chdir(folder)
+        arguments = ["-q", "-x", "-p", "no:cacheprovider", "--rootdir", name, *nodes]
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            status = pytest.main(arguments, plugins=[failures])
+        os.chdir("/")
+    return {"what": fault and fault.what, "status": int(status), "tests": failures.count, "raised": failures.raised}
+
+
+def main() -> None:
+    """Each run in a fork of its own, so that torch and transformers are imported once."""
+    import hypothesis  # noqa: F401
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
+
+    torch.set_num_threads(1)
+    jobs = [(None, sorted({fault.node for fault in FAULTS})), *((fault, [fault.node]) for fault in FAULTS)]
+    with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
+        for result in pool.starmap(outcome, jobs, chunksize=1):
+            print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    print(table()) if "--table" in sys.argv else main()
