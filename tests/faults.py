@@ -157,7 +157,7 @@ FAULTS = [
     ),
     Fault(
         "position ids of the completion off by one",
-        "huggingface/trl#6800",
+        "microsoft/onnxruntime-genai#2354",
         "inference.py", "rollout.prompt_mask.sum(1)[rollout.group, None] + offsets", "rollout.prompt_mask.sum(1)[rollout.group, None] + offsets + 1",
         "oracle_sampler::test_scorer_is_transformers",
     ),

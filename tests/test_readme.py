@@ -70,3 +70,10 @@ def test_flags_in_the_readme_exist():
     )
     for flag in set(re.findall(r"--[a-z][a-z-]+", README)):
         assert flag in helps or flag.replace("-", "_").replace("__", "--", 1) in helps, flag
+
+
+def test_the_figure_of_the_formulas_is_drawn(tmp_path):
+    command = [sys.executable, str(ROOT / "results" / "formulas.py"), "--out", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "formulas.png").stat().st_size > 10_000 and (tmp_path / "formulas.svg").stat().st_size > 10_000
