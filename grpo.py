@@ -87,10 +87,10 @@ class Algorithm:
         if self.kl_estimator == "k1":
             why = "the gradient of k1 is exactly 0 in expectation, so as a loss it is noise (it is logged as kl_k1)"
             raise UserError(f"--kl-estimator: {why}; take k2, k3 or k3_unbiased")
-        for cell in dataclasses.fields(self):
-            value, offered = getattr(self, cell.name), get_args(cell.type)
+        for field in dataclasses.fields(self):
+            value, offered = getattr(self, field.name), get_args(field.type)
             if offered and value not in offered:
-                flag = cell.name.replace("_", "-")
+                flag = field.name.replace("_", "-")
                 raise UserError(f"--{flag}: {value!r} is not offered; there is {', '.join(offered)}")
         if self.overlong_buffer > 1:
             raise UserError(f"--overlong-buffer is {self.overlong_buffer}, a share of --max-new-tokens: at most 1")
@@ -160,21 +160,25 @@ class GRPOConfig:
     overwrite: bool = option(False, "Replace the run that --out holds.")
 
     def __post_init__(self):
+        if self.num_generations < 2:
+            raise UserError(f"--num-generations is {self.num_generations}; a group needs at least 2 to be compared")
+        if not self.temperature >= 1e-3:
+            raise UserError(f"--temperature is {self.temperature}; it must be 0.001 or above")
         require_numbers(
             self, "steps", "batch_size", "num_inner_updates", "micro_batch_tokens", "learning_rate", "clip_grad_norm",
             "max_new_tokens", "eval_every", "patience", "kl_limit", "save_every", "ref_update_every",
         )  # fmt: skip
-        if self.num_generations < 2:
-            raise UserError(f"--num-generations is {self.num_generations}; a group needs at least 2 to be compared")
-        if self.temperature < 1e-3:
-            raise UserError(f"--temperature is {self.temperature}; it must be 0.001 or above")
         if self.algorithm not in ALGORITHMS:
             raise UserError(f"--algorithm: no algorithm {self.algorithm!r}; there is {', '.join(ALGORITHMS)}")
         if self.exploration_noise >= 1:
             raise UserError(f"--exploration-noise is {self.exploration_noise}; it must be below 1")
-        for flag in ("kl_limit", "ref_update_every"):
-            if getattr(self, flag) is not None and not self.resolved_algorithm.beta:
-                raise UserError(f"--{flag.replace('_', '-')} needs a reference; give a --beta above 0")
+        row = self.resolved_algorithm
+        needs = dict.fromkeys(("kl_limit", "ref_update_every", "kl_estimator"), (row.beta > 0, "a --beta above 0"))
+        needs |= dict.fromkeys(("epsilon", "epsilon_high"), (row.surrogate != "plain", "--surrogate clip or cispo"))
+        needs["preference_strength"] = (row.advantage == "pairwise", "--advantage pairwise")
+        for name, (there, what) in needs.items():
+            if getattr(self, name) is not None and not there:
+                raise UserError(f"--{name.replace('_', '-')} does nothing without {what}; leave it out, or give both")
 
     @property
     def resolved_algorithm(self) -> Algorithm:
@@ -230,8 +234,9 @@ def kl_penalty(
     """KL estimate (B, T) in nats, from log-probabilities of tokens sampled from the policy (Schulman 2020).
 
     With d = log ref - log pi: `k1` -d; `k2` d^2 / 2; `k3` exp(d) - d - 1 >= 0 (DeepSeekMath, eq. 4); `k3_unbiased`
-    ratio * k3 with gradient through the ratio (DeepSeek-V3.2, arXiv 2512.02556). d is clamped at 20 from above where it
-    enters exp. Inside a loss k2 and k3_unbiased pull towards KL(pi || ref), k3 towards KL(ref || pi), k1 nowhere.
+    ratio * k3 with gradient through the ratio (DeepSeek-V3.2, arXiv 2512.02556). In the last two d is clamped at 20
+    from above, where exp would overflow. As a loss k2 and k3_unbiased pull towards KL(pi || ref), k3 towards
+    KL(ref || pi), k1 nowhere.
     """
     d = ref_logp - logp
     if estimator == "k1":
@@ -248,8 +253,7 @@ def loss_denominator(mask: torch.Tensor, aggregate: str, max_new_tokens: int) ->
     Taken once over all rows of an optimizer step, so that the gradient does not depend on the micro-batches
     (DeepSeekMath, eq. 3; DAPO, eq. 8; Dr. GRPO, section 3.2).
     """
-    rows = len(mask)
-    return {"sequence": rows, "token": int(mask.sum()), "constant": rows * max_new_tokens}[aggregate]
+    return {"sequence": len(mask), "token": int(mask.sum()), "constant": len(mask) * max_new_tokens}[aggregate]
 
 
 def policy_loss(
@@ -280,11 +284,11 @@ def policy_loss(
     else:
         weight = clipped.detach() if algorithm.surrogate == "cispo" else 1.0  # MiniMax-M1, eq. 4
         per_token = -weight * advantage * logp
-    bounded = mask & (algorithm.surrogate != "plain")
+    killed = mask & (algorithm.surrogate == "clip")  # cispo caps the weight and keeps the gradient
     stats = {
         "tokens": mask.sum(),
-        "clip_low": (bounded & (advantage < 0) & (ratio < low)).sum(),
-        "clip_high": (bounded & (advantage > 0) & (ratio > high)).sum(),
+        "clip_low": (killed & (advantage < 0) & (ratio < low)).sum(),
+        "clip_high": (killed & (advantage > 0) & (ratio > high)).sum(),
         "ratio_max": torch.where(mask, ratio.detach(), 0.0).max(),
     }
     if ref_logp is not None:
@@ -292,11 +296,11 @@ def policy_loss(
         per_token = per_token + algorithm.beta * kl_penalty(logp, ref_logp, algorithm.kl_estimator, ratio)
         stats |= {"kl": kl_penalty(logp.detach(), ref_logp).sum(), "kl_k1": (logp.detach() - ref_logp).sum()}
         stats["kl_clamped"] = (ref_logp - logp > 20).sum()
-    rows = torch.where(mask, per_token, 0.0).sum(1)
-    rows = rows / lengths[:, 0] if algorithm.aggregate == "sequence" else rows
+    per_row = torch.where(mask, per_token, 0.0).sum(1)
+    per_row = per_row / lengths[:, 0] if algorithm.aggregate == "sequence" else per_row
     if denominator is None:
         denominator = loss_denominator(mask, algorithm.aggregate, mask.shape[1])
-    return rows.sum() / denominator, stats
+    return per_row.sum() / denominator, stats
 
 
 def take_prompts(examples: list[Example], step: int, count: int, seed: int, draw: int = 0) -> list[Example]:
@@ -319,15 +323,17 @@ def compute_rewards(
     None is replaced by the function's mean over the group's other rows, and drops out where the group has no value.
     """
     rows = [example for example in examples for _ in range(group_size)]
-    total, means = torch.zeros(len(examples), group_size), {}
+    # In float64 until the end: rounding must not tell rewards apart that are equal, or a flat group comes alive.
+    total, means = torch.zeros(len(examples), group_size, dtype=torch.float64), {}
     for name, (function, weight) in mix.items():
-        values = apply_reward(name, function, rows, rollout)
-        values = torch.tensor([float("nan") if v is None else v for v in values]).view(-1, group_size)
+        values = [float("nan") if v is None else v for v in apply_reward(name, function, rows, rollout)]
+        values = torch.tensor(values, dtype=torch.float64).view(-1, group_size)
         values = torch.where(values.isnan(), values.nanmean(1, keepdim=True), values)
-        means[f"reward/{name}"] = values.nanmean().item()
-        means[f"reward_std/{name}"] = values[~values.isnan()].std().item()
         total += weight * values.nan_to_num(0.0)
-    return total, means
+        known = values[~values.isnan()]
+        if len(known) > 1:
+            means |= {f"reward/{name}": known.mean().item(), f"reward_std/{name}": known.std().item()}
+    return total.float(), means
 
 
 def descend(policy: TokenPolicy, optimizer: torch.optim.Optimizer, loss: float, largest: float) -> float:
@@ -398,8 +404,9 @@ def update(
     }
 
 
-def rollout_metrics(rollout: Rollout, rewards: torch.Tensor, rows: list[Example], task: Task) -> dict[str, float]:
-    """What is measured on the sampled completions, before any update."""
+def rollout_metrics(rollout: Rollout, rewards: torch.Tensor, examples: list[Example], task: Task) -> dict[str, float]:
+    """What is measured on the sampled completions and their rewards (P, G), before any update."""
+    rows = [example for example in examples for _ in range(rewards.shape[1])]
     lengths = rollout.mask.sum(1).float()
     measures = {"accuracy": task.accuracy, **task.metrics}
     return {
@@ -476,11 +483,8 @@ def prepare(config: GRPOConfig) -> Run:
     if algorithm.overlong_buffer:
         mix["overlong-penalty"] = (soft_overlong(config.max_new_tokens, algorithm.overlong_buffer), 1.0)
     policy = load(config.model, device, config.temperature, config.exploration_noise) if config.model else None
-    old = None
     if config.resume:
         stored = read_json(out / "run.json")
-        old = stored["settings"]
-        write_json(out / "run.json", stored | {"settings": settings})
     else:
         if policy is None and not config.overwrite and (out / "base").exists():
             raise UserError(f"--out: {str(out / 'base')!r} exists; start from it with --model, or give --overwrite")
@@ -499,11 +503,13 @@ def prepare(config: GRPOConfig) -> Run:
     run = Run(config, task, out, policy, reference, optimizer, data, mix, Progress())
     if config.resume and (out / "resume").exists():
         run.progress = load_state(out, policy.model, optimizer, Progress, run.refreshed)
-        if any(old[name] != settings[name] for name in ("steps", "patience", "kl_limit")):
+        if any(stored["settings"].get(name) != settings[name] for name in ("steps", "patience", "kl_limit")):
             run.progress.stopped = None
     else:
         before = evaluate(policy, task, data["held_out"], config.max_new_tokens, samples=4)
         write_json(out / "evaluation.json", {"base": {"step": 0, **before}})
+    if config.resume:  # now that the state has turned out whole
+        write_json(out / "run.json", stored | {"settings": settings})
     return run
 
 
@@ -515,15 +521,16 @@ def sample_groups(run: Run, step: int) -> tuple[Rollout, torch.Tensor, dict[str,
     prompts nothing has selected; `samples` and `tokens` count all draws.
     """
     config, last_draw = run.config, run.config.resolved_algorithm.max_resample
-    kept, missing, counts = [], config.batch_size, Counter()
+    kept, missing, counts, used = [], config.batch_size, Counter(), set()
     for draw in range(last_draw + 1):
-        examples = take_prompts(run.data["train"], step, config.batch_size, config.seed, draw)[:missing]  # (1)
+        examples = take_prompts(run.data["train"], step, config.batch_size, config.seed, draw)
+        examples = sorted(examples, key=lambda example: id(example) in used)[:missing]  # (1), new ones first
+        used |= set(map(id, examples))
         key = (config.seed, step, draw)
         rollout = run.policy.sample(examples, config.num_generations, key, config.max_new_tokens)  # (2)
         rewards, means = compute_rewards(run.mix, examples, rollout, config.num_generations)  # (3)
         if draw == 0:
-            rows = [example for example in examples for _ in range(config.num_generations)]
-            measured = rollout_metrics(rollout, rewards, rows, run.task) | means
+            measured = rollout_metrics(rollout, rewards, examples, run.task) | means
         counts.update(samples=rewards.numel(), tokens=int(rollout.mask.sum()))
         keep = ~is_flat(rewards) | (draw == last_draw)
         if keep.any():
@@ -623,7 +630,8 @@ def train(config: GRPOConfig) -> Run:
             progress.stopped = reason_to_stop(config, progress, metrics)
             if progress.step % config.save_every == 0 or progress.step == config.steps or progress.stopped:
                 save_progress(run)
-            shown = {"reward": metrics["reward"], "acc": metrics["accuracy"], "kl": metrics.get("kl", float("nan"))}
+            shown = {"reward": metrics["reward"], "acc": metrics["accuracy"]}
+            shown |= {"kl": metrics["kl"]} if run.reference else {}
             speed = {"tok/s": f"{metrics['tokens_per_second']:.0f}"}
             bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()} | speed)
             bar.update()

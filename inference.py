@@ -43,7 +43,7 @@ class Rollout:
     group: torch.Tensor  # (B,) int64, the prompt of each row
     actions: torch.Tensor  # (B, T) int64 completion ids, padded on the right
     mask: torch.Tensor  # (B, T) bool, true up to and including the end token
-    sampler_logp: torch.Tensor  # (B, T) float32, the sampler's own log-probabilities
+    sampler_logp: torch.Tensor  # (B, T) float32 or wider, the sampler's own log-probabilities
     truncated: torch.Tensor  # (B,) bool, cut by the length limit
     texts: list[str]  # (B,) completions without special tokens
 
@@ -261,7 +261,7 @@ class TokenPolicy:
         return rollout
 
     def decode(self, hidden, cache: Cache, positions, key_mask, uniforms, choose: Callable, noise: float):
-        """Decode up to T tokens for each row: ids (B, T), mask (B, T), log-probabilities (B, T) float32.
+        """Decode up to T tokens for each row: ids (B, T), mask (B, T), log-probabilities (B, T) float32 or wider.
 
         `hidden` (B, C) predicts the first token, which stands at `positions` (B,); `choose` turns log-probabilities
         (rows, V) and uniforms (rows,) into tokens. Ended rows are dropped from the batch, a tenth of it at a time.
@@ -290,7 +290,7 @@ class TokenPolicy:
             positions = positions + 1
 
     def log_probs(self, rollout: Rollout, share_prompts: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities (B, T) float32 of the sampled ids, differentiable, and exact entropies (B, T) in nats.
+        """Log-probabilities (B, T) of the sampled ids, float32 or wider, with gradient; exact entropies (B, T) in nats.
 
         Both are 0 at padding. The entropy carries no gradient. With `share_prompts`, groups of several rows take one
         pass over the prompt and one over the completions; otherwise prompt and completion go in one uncached pass.
@@ -661,13 +661,16 @@ def parse_settings(settings: type, description: str, may_change: set[str]):
         if not path.is_file():
             raise UserError(f"--resume: {arguments.out!r} holds no run; leave out --resume to start one")
         stored = read_json(path).get("settings")
-        if not isinstance(stored, dict) or stored.keys() != settings.__dataclass_fields__.keys():
+        known = settings.__dataclass_fields__
+        if not isinstance(stored, dict) or "task" not in stored or not stored.keys() <= known.keys():
             raise UserError(f"--resume: {path} does not hold the settings of such a run; start again with --overwrite")
+        stored = {name: field.default for name, field in known.items()} | stored  # an older run lacks newer settings
         parser.set_defaults(**stored | {"out": arguments.out, "resume": True, "overwrite": False})
         arguments = parser.parse_args()
         changed = sorted(name for name in stored.keys() - may_change if getattr(arguments, name) != stored[name])
         if changed:
-            old = ", ".join(f"--{name.replace('_', '-')} {stored[name]}" for name in changed)
+            given = {name: "left out" if stored[name] is None else stored[name] for name in changed}
+            old = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items())
             raise UserError(f"--resume: the run in {arguments.out!r} was made with {old}; leave the flag out")
     return settings(**vars(arguments))
 
@@ -679,6 +682,8 @@ def require_numbers(settings, *names: str) -> None:
             bound = "above 0" if name in names else "0 or above"
             if not 0 <= value < math.inf or (value == 0 and name in names):
                 raise UserError(f"--{name.replace('_', '-')} is {value}; it must be {bound}")
+            if value >= 2**63:
+                raise UserError(f"--{name.replace('_', '-')} is {value}; it must be below 2**63")
 
 
 class Interrupt:

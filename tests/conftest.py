@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from inference import TokenPolicy, save
 from model_toy import Llama, LlamaConfig, character_tokenizer
 
 torch.set_num_threads(1)
+settings.register_profile("repeatable", derandomize=True, deadline=None)  # the same examples in every run
+settings.load_profile("repeatable")
 
 CHARACTERS = "0123456789()+-*=;?"
 

@@ -86,13 +86,18 @@ def bias(algorithm: Algorithm, seeds: range = range(5)) -> list[tuple[float, flo
     return results
 
 
+def bias_row(advantage: str, aggregate: str) -> str:
+    """A line of the README's table of biases."""
+    angles, lengths = zip(*bias(replace(Algorithm(), advantage=advantage, aggregate=aggregate)), strict=True)
+    spread = f"{min(angles):.1f} to {max(angles):.1f}°" if max(angles) > 1e-4 else "0°"
+    return f"| `{advantage}` | `{aggregate}` | {spread} | {min(lengths):.2f} to {max(lengths):.2f} |"
+
+
 def main() -> None:
     print("| advantage | aggregate | angle to the true gradient | length, relative |\n| --- | --- | --- | --- |")
     for advantage in ("none", "leave_one_out", "group", "batch"):
         for aggregate in ("constant", "sequence", "token"):
-            angles, lengths = zip(*bias(replace(Algorithm(), advantage=advantage, aggregate=aggregate)), strict=True)
-            spread = f"{min(angles):.1f} to {max(angles):.1f}°" if max(angles) > 1e-4 else "0°"
-            print(f"| `{advantage}` | `{aggregate}` | {spread} | {min(lengths):.2f} to {max(lengths):.2f} |")
+            print(bias_row(advantage, aggregate))
 
 
 if __name__ == "__main__":

@@ -304,6 +304,9 @@ def test_every_algorithm_runs_and_is_stored_with_the_run(base, tmp_path, small_t
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert ("kl" in lines[1]) == ("kl_k1" in lines[1]) == (ALGORITHMS[name].beta > 0)
     assert ("reward/overlong-penalty" in lines[1]) == (name == "dapo")
+    penalty = lines[1].get("reward/overlong-penalty", 0.0)
+    assert lines[1]["reward"] == pytest.approx(lines[1]["reward/digits"] + penalty, abs=1e-6)
+    assert penalty < 0 or name != "dapo", "a random policy runs into the limit"
     assert not same(weights_of(run), load_file(base / "model.safetensors"))
 
 
@@ -336,6 +339,9 @@ def test_dynamic_sampling_replaces_flat_groups_and_only_those(base, tmp_path, sm
         alive = [i for i in range(8) if len(set(only_products([examples[i].prompt] * 4, first.texts[4 * i :][:4]))) > 1]
         kept = [text for i in alive for text in first.texts[4 * i :][:4]]
         assert rollout.texts[: len(kept)] == kept, "what is not flat stays"
+        others = prompts[len(alive) :]
+        assert len(set(prompts)) == 8, "what replaces a group is another problem"
+        assert not others or not {"".join(examples[i].prompt.split()) for i in range(8)} & set(others)
         assert measured["zero_std_groups"] == pytest.approx(1 - len(alive) / 8), "measured on the first draw"
         assert measured["samples"] >= 32 + 4 * (8 - len(alive)) and measured["tokens"] > rollout.mask.sum() - 1
         again = grpo.sample_groups(run, step)[0]
@@ -366,6 +372,9 @@ def test_exploration_noise_is_in_sampler_scorer_and_reference(base, tmp_path, sm
     run = grpo.train(settings(base, tmp_path / "run", exploration_noise=0.5, steps=1))
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[1])
     assert run.reference.exploration_noise == 0.5 and line["kl"] == 0 and line["sampler_gap"] < 1e-5
+    noisy = inference.evaluate(run.policy, run.task, run.data["validation"], 8, samples=4)
+    run.policy.exploration_noise = 0.0
+    assert inference.evaluate(run.policy, run.task, run.data["validation"], 8, samples=4) == noisy, "nor in evaluation"
 
 
 def test_patience_and_kl_limit_stop_early(base, tmp_path, small_task, capsys):
@@ -403,8 +412,7 @@ def test_every_setting_is_read():
     source = (ROOT / "grpo.py").read_text()
     body = source[source.index("def group_advantages") :]
     for field in dataclasses.fields(GRPOConfig):
-        alone = field.name in {cell.name for cell in dataclasses.fields(grpo.Algorithm)}
-        assert alone or re.search(rf"(config|run\.config|arguments)\.{field.name}\b", body), field.name
+        assert re.search(rf"(config|run\.config|algorithm)\.{field.name}\b", body), field.name
 
 
 def test_the_loop_uses_the_numbers_of_the_docstring():
@@ -442,6 +450,12 @@ def command(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
         (["--kl-limit", "0.1", "--beta", "0"], ["--kl-limit", "--beta"]),
         (["--ref-update-every", "2", "--algorithm", "dapo"], ["--ref-update-every", "--beta"]),
         (["--kl-estimator", "k1"], ["--kl-estimator", "exactly 0", "k3"]),
+        (["--algorithm", "dapo", "--kl-estimator", "k2"], ["--kl-estimator", "--beta above 0"]),
+        (["--algorithm", "pairwise", "--epsilon", "0.1"], ["--epsilon", "--surrogate"]),
+        (["--preference-strength", "5"], ["--preference-strength", "pairwise"]),
+        (["--num-generations", "-1"], ["--num-generations", "at least 2"]),
+        (["--temperature", "-1"], ["--temperature", "0.001 or above"]),
+        (["--seed", "18446744073709551616"], ["--seed", "below 2**63"]),
         (["--aggregate", "row"], ["--aggregate", "'row'", "sequence, token, constant"]),
         (["--advantage", "pairwise"], ["--advantage pairwise", "--surrogate plain"]),
         (["--algorithm", "pairwise", "--aggregate", "token"], ["pairwise", "--aggregate sequence"]),
@@ -546,6 +560,22 @@ def test_damaged_state_is_one_line_and_changes_nothing(finished, base, tmp_path,
     with pytest.raises(UserError, match="--resume"):
         grpo.train(settings(base, out, resume=True, steps=6))
     assert (out / "model.safetensors").read_bytes() == best and (out / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_a_run_made_before_a_setting_was_there_can_be_continued(finished, tmp_path, monkeypatch):
+    shutil.copytree(finished, tmp_path / "old")
+    stored = json.loads((tmp_path / "old" / "run.json").read_text())
+    del stored["settings"]["exploration_noise"], stored["settings"]["max_resample"]
+    (tmp_path / "old" / "run.json").write_text(json.dumps(stored))
+    monkeypatch.setattr(sys, "argv", ["grpo.py", "--out", str(tmp_path / "old"), "--resume"])
+    config = inference.parse_settings(GRPOConfig, "", grpo.MAY_CHANGE)
+    assert config.exploration_noise == 0 and config.max_resample is None
+
+
+def test_a_reward_that_never_has_a_say_leaves_no_mean(recwarn):
+    rollout = rollout_of(tiny_policy(), EXAMPLES, 2)
+    total, means = compute_rewards({"mute": (lambda **_: [None] * 6, 1.0)}, EXAMPLES, rollout, 2)
+    assert not total.any() and means == {} and not recwarn
 
 
 @pytest.mark.parametrize("stored", ["{}", '{"settings": 3}', '{"settings": {"epochs": 1}}', "[]", "{"])

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from enumeration import (
     MASK,
     REWARDS,
     bias,
+    bias_row,
     expected_loss,
     expected_reward,
     gradient_of,
@@ -67,13 +69,11 @@ def test_the_gradient_goes_through_the_exploration_mixture(logits):
     assert (step - gradient_of(expected_reward(logits), logits) / LENGTH).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("aggregate", ["sequence", "token"])
-def test_the_other_aggregates_and_scales_are_biased(aggregate):
-    """The README's table of biases (`python tests/enumeration.py`) is of something that is there."""
-    ((angle, _),) = bias(Algorithm(advantage="none", aggregate=aggregate), range(1))
-    assert angle > 1
+def test_the_other_aggregates_and_scales_are_biased_as_the_readme_says():
+    """One row of its table (`python tests/enumeration.py`) whole, and a seed of two others."""
+    assert bias_row("none", "sequence") in (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     ((angle, _),) = bias(Algorithm(advantage="group", aggregate="constant"), range(1))
-    assert angle > 1
+    assert angle > 15
     ((angle, length),) = bias(Algorithm(advantage="none", aggregate="constant"), range(1))
     assert angle < 1e-4 and length == pytest.approx(1, abs=1e-9)
 

@@ -8,6 +8,8 @@ import os
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 
 import dataclasses
+import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -71,7 +73,6 @@ def trl_trainer(policies, folder, trainer, config, reward_funcs, **more):
         use_cpu=True,
         bf16=False,
         fp16=False,
-        gradient_checkpointing=False,
         report_to="none",
         disable_tqdm=True,
         save_strategy="no",
@@ -219,11 +220,26 @@ def test_trls_reward_functions_run_in_our_loop(random_policy, tmp_path):
     assert means["reward/think_format_reward"] == pytest.approx(1 / 12)
 
 
+TEXTS = ["1+4=5<answer>5</answer>", "<answer>6</answer>", "<answer>9</answer>", "5"]
+
+
 def test_our_reward_functions_run_in_trls_trainer(policies, tmp_path):
+    """On right, near and wrong answers they are what our loop makes of them; then a step of training with them."""
     functions = [answer_format, answer_near, answer_exact]
     made = trl_trainer(
         policies, tmp_path, GRPOTrainer, TRLConfig, functions, loss_type="grpo", reward_weights=[0.2, 0.2, 0.6]
     )
+    examples = [Example(prompt, {"answer": "5"}) for prompt in PROMPTS]
+    inputs = [{"prompt": prompt, "answer": "5"} for prompt in PROMPTS for _ in range(G)]
+    ids = [[0]] * len(inputs)
+    theirs = made._calculate_rewards(inputs, [row["prompt"] for row in inputs], TEXTS * 3, ids)
+    rollout = SimpleNamespace(texts=TEXTS * 3, completion_ids=ids)
+    ours, _ = compute_rewards(
+        {f.__name__: (f, w) for f, w in zip(functions, (0.2, 0.2, 0.6), strict=True)}, examples, rollout, G
+    )
+    weighted = (theirs * torch.tensor([0.2, 0.2, 0.6])).sum(1)
+    torch.testing.assert_close(ours.flatten(), weighted, rtol=0, atol=1e-6, check_dtype=False)
+    assert ours[0].tolist() == pytest.approx([1.0, 0.4, 0.2, 0.0])
     made.train()
     (logged,) = [line for line in made.state.log_history if "reward" in line]
     assert {f"rewards/{f.__name__}/mean" for f in functions} <= logged.keys()
@@ -244,5 +260,6 @@ def test_one_step_of_ours_with_a_reward_of_trls(random_policy, tmp_path, monkeyp
         model=str(tmp_path / "base"), out=str(tmp_path / "run"), rewards=f"{file}:ovl=1", steps=1, batch_size=3,
         num_generations=4, max_new_tokens=8,
     )  # fmt: skip
-    run = grpo.train(config)
-    assert run.progress.step == 1
+    grpo.train(config)
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[1])
+    assert line["reward/ovl"] == pytest.approx(-line["length"] / 8) == line["reward"]
