@@ -96,7 +96,7 @@ FAULTS = [
     Fault(
         "rewards reshaped across groups",
         "google/tunix#820",
-        "grpo.py", "for v in values]).view(-1, group_size)", "for v in values]).view(group_size, -1).T",
+        "grpo.py", "dtype=torch.float64).view(-1, group_size)", "dtype=torch.float64).view(group_size, -1).T",
         "grpo::test_rewards_are_weighted_and_a_missing_one_is_the_mean_of_its_group",
     ),
     Fault(
@@ -200,13 +200,13 @@ FAULTS = [
     Fault(
         "rows divided by the padded width, not by their own length",
         "Tencent-Hunyuan/UniRL#448",
-        "grpo.py", "rows / lengths[:, 0] if", "rows / mask.shape[1] if",
+        "grpo.py", "per_row / lengths[:, 0] if", "per_row / mask.shape[1] if",
         "oracle_values::test_aggregates_of_rows_of_1_2_and_4_tokens",
     ),
     Fault(
         "Dr. GRPO's constant replaced by the width of the batch",
         "verl-project/verl#3741",
-        "grpo.py", '"constant": rows * max_new_tokens}', '"constant": rows * mask.shape[1]}',
+        "grpo.py", '"constant": len(mask) * max_new_tokens}', '"constant": len(mask) * mask.shape[1]}',
         "oracle_values::test_denominators_by_hand",
     ),
     Fault(

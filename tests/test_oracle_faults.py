@@ -30,5 +30,11 @@ def test_the_fault_is_caught(outcomes, fault):
     assert caught["raised"] in (["call: AssertionError"], ["call: Failed"])
 
 
+def test_every_patch_fits():
+    """One that does not would stop all the others."""
+    counts = {fault.what: (ROOT / fault.file).read_text(encoding="utf-8").count(fault.old) for fault in FAULTS}
+    assert {what: count for what, count in counts.items() if count != 1} == {}
+
+
 def test_the_table_of_faults_is_the_readmes():
     assert len(FAULTS) >= 25 and table() in (ROOT / "README.md").read_text(encoding="utf-8")
