@@ -43,6 +43,7 @@ from inference import (
     Rollout,
     TokenPolicy,
     append_json,
+    check_dtype,
     choose_device,
     continue_command,
     evaluate,
@@ -121,10 +122,16 @@ class GRPOConfig:
     """Settings of `grpo.py`."""
 
     task: str = option("arithmetic", "Task to train on.")
-    model: str | None = option(None, "Checkpoint folder to start from. Default: a toy, fine-tuned first into OUT/base.")
+    model: str | None = option(
+        None, "Checkpoint folder, or model of the hub. Default: a toy, fine-tuned into OUT/base."
+    )
+    data: str | None = option(None, "File or folder with the task's records. Default: the hub's.")
+    limit: int | None = option(None, "Take at most so many records for each split.")
     out: str = option("saved_model", "Run folder: best checkpoint, metrics, samples, figures, states to resume from.")
     seed: int = option(0, "Seed of prompts and sampling (and of the toy's fine-tuning); never of the split.")
     device: str = option("auto", "Device: auto, cuda, mps or cpu.")
+    dtype: str = option("float32", "Matrix products in float32 or bfloat16; the weights that learn stay in float32.")
+    gradient_checkpointing: bool = option(False, "Less memory: compute activations again in the backward pass.")
     steps: int = option(40, "Steps; one step is one rollout.")
     batch_size: int = option(32, "Prompts in one step (P).")
     num_generations: int = option(16, "Completions of each prompt (G).")
@@ -166,8 +173,9 @@ class GRPOConfig:
             raise UserError(f"--temperature is {self.temperature}; it must be 0.001 or above")
         require_numbers(
             self, "steps", "batch_size", "num_inner_updates", "micro_batch_tokens", "learning_rate", "clip_grad_norm",
-            "max_new_tokens", "eval_every", "patience", "kl_limit", "save_every", "ref_update_every",
+            "max_new_tokens", "eval_every", "limit", "patience", "kl_limit", "save_every", "ref_update_every",
         )  # fmt: skip
+        check_dtype(self.dtype)
         if self.algorithm not in ALGORITHMS:
             raise UserError(f"--algorithm: no algorithm {self.algorithm!r}; there is {', '.join(ALGORITHMS)}")
         if self.exploration_noise >= 1:
@@ -482,7 +490,10 @@ def prepare(config: GRPOConfig) -> Run:
     mix = parse_rewards(config.rewards)
     if algorithm.overlong_buffer:
         mix["overlong-penalty"] = (soft_overlong(config.max_new_tokens, algorithm.overlong_buffer), 1.0)
-    policy = load(config.model, device, config.temperature, config.exploration_noise) if config.model else None
+    sampling = {"temperature": config.temperature, "exploration_noise": config.exploration_noise}
+    if config.model is None and not task.toy:
+        raise UserError(f"--task {task.name} needs a --model: a checkpoint folder, or the name of a model on the hub")
+    policy = load(config.model, device, config.dtype, **sampling) if config.model else None
     if config.resume:
         stored = read_json(out / "run.json")
     else:
@@ -493,12 +504,15 @@ def prepare(config: GRPOConfig) -> Run:
         if not config.resume or not (out / "base" / "model.safetensors").exists():
             base = {"task": config.task, "seed": config.seed, "device": config.device, "overwrite": True}
             sft.train(sft.SFTConfig(out=str(out / "base"), **base))
-        policy = load(out / "base", device, config.temperature, config.exploration_noise)
-    data = load_task(task, policy.chat)
+        policy = load(out / "base", device, config.dtype, **sampling)
+    policy.model.checkpointing = config.gradient_checkpointing
+    data = load_task(task, policy.chat, data=config.data, limit=config.limit)
+    data = policy.fitting(data, config.max_new_tokens)
     reference = None
     if algorithm.beta > 0:
         reference = copy.copy(policy)
-        reference.model = copy.deepcopy(policy.model).requires_grad_(False)
+        reference.model = copy.deepcopy(policy.model).requires_grad_(False).to(policy.dtype)
+        reference.model.checkpointing = False
     optimizer = torch.optim.AdamW(policy.model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     run = Run(config, task, out, policy, reference, optimizer, data, mix, Progress())
     if config.resume and (out / "resume").exists():
@@ -652,7 +666,7 @@ def report(run: Run) -> None:
     last = {"step": progress.step, **evaluate(run.policy, run.task, held_out, width, samples=4)}
     best = last
     if progress.best_step != progress.step:
-        policy = load(out, run.policy.device, config.temperature)
+        policy = load(out, run.policy.device, config.dtype, config.temperature)
         best = {"step": progress.best_step, **evaluate(policy, run.task, held_out, width, samples=4)}
     results |= {"best": best, "last": last}
     write_json(out / "evaluation.json", results)

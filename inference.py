@@ -25,11 +25,12 @@ import numpy as np
 import safetensors
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from model_toy import Cache, Llama, LlamaConfig
+from model_toy import HubModel, Llama, LlamaConfig
 from rewards import UserError, apply_reward, extract_answer
-from tasks import Example, Task, as_chat, find_task, load_task
+from tasks import Example, Task, find_task, load_task, pose
 
 # --- Policies -------------------------------------------------------------------------------------------------------
 
@@ -165,6 +166,8 @@ class TokenPolicy:
     """
 
     drop_below = 0.9  # compact the batch once fewer rows than this are still decoding
+    chunk_logits = 2**24  # most logits at once while scoring: 64 MiB in float32
+    dtype = torch.float32  # of the matrix products
 
     def __init__(
         self, model: Llama, tokenizer, temperature: float = 1.0, end_ids: Sequence[int] = (), exploration_noise=0.0
@@ -202,6 +205,21 @@ class TokenPolicy:
             encoded.append(ids)
         return encoded
 
+    def fitting(self, splits: dict[str, list[Example]], max_new_tokens: int) -> dict[str, list[Example]]:
+        """The examples whose prompts leave room for a completion; says how many do not, raises UserError if none."""
+        room, kept = self.model.config.max_position_embeddings - max_new_tokens, {}
+        for name, examples in splits.items():
+            lengths = map(len, self.encode([example.prompt for example in examples]))
+            kept[name] = [example for example, length in zip(examples, lengths, strict=True) if length <= room]
+            out = len(examples) - len(kept[name])
+            if out:
+                print(f"{name}: {out} of {len(examples)} left out, their questions have more than {room} tokens")
+            if not kept[name]:
+                raise UserError(
+                    f"--max-new-tokens is {max_new_tokens}, which leaves no room for any question; lower it"
+                )
+        return kept
+
     def pack(self, prompts: list[list[int]], completions: list[list[int]], texts: list[str]) -> Rollout:
         """A rollout of given completions (ids, each with its end token), one for each prompt, on the device."""
         length, width = max(map(len, prompts)), max(map(len, completions))
@@ -235,11 +253,16 @@ class TokenPolicy:
         FloatingPointError if the model's log-probabilities are not finite.
         """
         encoded = self.encode([example.prompt for example in examples])
+        longest, room = max(map(len, encoded)), self.model.config.max_position_embeddings
+        if longest + max_new_tokens > room:
+            what = f"a question of {longest} tokens and {max_new_tokens} more do not fit into the model's {room}"
+            raise UserError(f"{what}; lower --max-new-tokens, or ask something shorter")
         packed = self.pack(encoded, [[self.pad_id]] * len(encoded), [""] * len(encoded))
         group = packed.group.repeat_interleave(group_size)
-        cache = Cache(self.model.config.num_hidden_layers)
+        cache = self.model.new_cache()
         prompt = self.prompt_inputs(packed)
-        hidden = self.model(packed.prompts, **prompt, cache=cache)[group, -1]  # (B, C)
+        with self.autocast():
+            hidden = self.model(packed.prompts, **prompt, cache=cache)[group, -1]  # (B, C)
         cache = cache.select(group, room=max_new_tokens - 1)
         key_mask = None if prompt["key_mask"] is None else packed.prompt_mask[group]
         uniforms = row_uniforms(key, range(first, first + len(encoded)), group_size, max_new_tokens)
@@ -247,7 +270,8 @@ class TokenPolicy:
         choose = (lambda log_probs, _: log_probs.argmax(-1)) if greedy else inverse_cdf
         noise = self.exploration_noise if explore and not greedy else 0.0
         lengths = packed.prompt_mask.sum(1)[group]
-        actions, mask, logp = self.decode(hidden, cache, lengths, key_mask, uniforms, choose, noise)
+        with self.autocast():
+            actions, mask, logp = self.decode(hidden, cache, lengths, key_mask, uniforms, choose, noise)
         if not logp.isfinite().all():
             raise FloatingPointError("the model's log-probabilities are not finite")
         width = int(mask.sum(1).max())
@@ -260,7 +284,7 @@ class TokenPolicy:
         rollout.texts = self.tokenizer.batch_decode(rollout.completion_ids, skip_special_tokens=True)
         return rollout
 
-    def decode(self, hidden, cache: Cache, positions, key_mask, uniforms, choose: Callable, noise: float):
+    def decode(self, hidden, cache, positions, key_mask, uniforms, choose: Callable, noise: float):
         """Decode up to T tokens for each row: ids (B, T), mask (B, T), log-probabilities (B, T) float32 or wider.
 
         `hidden` (B, C) predicts the first token, which stands at `positions` (B,); `choose` turns log-probabilities
@@ -295,16 +319,37 @@ class TokenPolicy:
         Both are 0 at padding. The entropy carries no gradient. With `share_prompts`, groups of several rows take one
         pass over the prompt and one over the completions; otherwise prompt and completion go in one uncached pass.
         """
-        shared = share_prompts and len(rollout.group) > len(rollout.prompts)
-        hidden = (self.shared_hidden if shared else self.joined_hidden)(rollout)  # (B, T, C)
-        logits = self.model.logits(hidden[rollout.mask])  # (tokens, V)
-        distribution = log_distribution(logits, self.temperature, self.exploration_noise)
-        picked = distribution.gather(1, rollout.actions[rollout.mask][:, None])[:, 0]
+        shared = share_prompts and len(rollout.group) > len(rollout.prompts) and not self.model.checkpointing
+        with self.autocast():
+            hidden = (self.shared_hidden if shared else self.joined_hidden)(rollout)  # (B, T, C)
+            picked, spread = self.score_tokens(hidden[rollout.mask], rollout.actions[rollout.mask])
         blank = picked.new_zeros(rollout.actions.shape)
-        logp = blank.masked_scatter(rollout.mask, picked)
-        with torch.no_grad():
-            entropy = blank.masked_scatter(rollout.mask, torch.special.entr(distribution.exp()).sum(-1))
-        return logp, entropy
+        return blank.masked_scatter(rollout.mask, picked), blank.masked_scatter(rollout.mask, spread)
+
+    def score_tokens(self, hidden: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities (N,) of ids (N,) and entropies (N,), from hidden states (N, C).
+
+        The vocabulary's (N, V) never exists as a whole if it is large: the tokens go in chunks, whose logits are made
+        again in the backward pass.
+        """
+
+        def score(hidden: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            distribution = log_distribution(self.model.logits(hidden), self.temperature, self.exploration_noise)
+            with torch.no_grad():
+                entropy = torch.special.entr(distribution.exp()).sum(-1)
+            return distribution.gather(1, ids[:, None])[:, 0], entropy
+
+        size = max(1, self.chunk_logits // self.model.config.vocab_size)
+        if len(ids) <= size:
+            return score(hidden, ids)
+        chunks = zip(hidden.split(size), ids.split(size), strict=True)
+        parts = [checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks]
+        return tuple(torch.cat(values) for values in zip(*parts, strict=True))
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Matrix products in `dtype`; weights stay as they are, and all that follows the logits is float32."""
+        low = self.dtype != torch.float32
+        return torch.autocast(self.device.type, self.dtype) if low else contextlib.nullcontext()
 
     def prompt_inputs(self, rollout: Rollout) -> dict[str, torch.Tensor | None]:
         """Positions that count real tokens only, and the padding mask where there is padding."""
@@ -321,7 +366,7 @@ class TokenPolicy:
 
     def shared_hidden(self, rollout: Rollout) -> torch.Tensor:
         """Hidden states (B, T, C) that predict the completion: each prompt once, then its rows against its cache."""
-        cache = Cache(self.model.config.num_hidden_layers)
+        cache = self.model.new_cache()
         last = self.model(rollout.prompts, **self.prompt_inputs(rollout), cache=cache)[:, -1:][rollout.group]
         if rollout.actions.shape[1] == 1:
             return last
@@ -371,21 +416,26 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def save_weights(path: Path, model: Llama) -> None:
-    """Write the weights as safetensors; a tied output layer is left out, as `transformers` does."""
-    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
-    if model.config.tie_word_embeddings:
-        del weights["lm_head.weight"]
+def save_weights(path: Path, model: Llama | HubModel) -> None:
+    """Write the weights as safetensors, without what is tied to another weight."""
+    weights = {name: value.contiguous() for name, value in model.weights().items()}
     atomic_write(path, lambda partial: save_file(weights, partial, metadata={"format": "pt"}))
 
 
-def load_weights(path: Path, model: Llama) -> None:
-    """Read weights written by `save_weights` into the model; raises UserError for a file that does not fit."""
-    weights = load_tensors(path)
-    if model.config.tie_word_embeddings:
-        weights["lm_head.weight"] = weights.get("model.embed_tokens.weight", torch.empty(0))
+def load_weights(path: Path, model: Llama | HubModel) -> None:
+    """Read weights into the model, from a file or from the shards that an index names; raises UserError."""
+    paths = [path]
+    if path.suffix == ".json":
+        names = read_json(path).get("weight_map")
+        names = sorted(set(names.values())) if isinstance(names, dict) else []
+        if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
+            raise UserError(f"{path} names no files beside it; restore the checkpoint")
+        paths = [path.parent / name for name in names]
+    weights = {}
+    for part in paths:
+        weights |= load_tensors(part)
     try:
-        model.load_state_dict(weights)
+        model.load_weights(weights)
     except RuntimeError as error:
         raise UserError(f"{path} does not fit its config.json ({error}); restore the checkpoint") from error
 
@@ -404,42 +454,120 @@ def save(policy: TokenPolicy, folder: Path) -> None:
     policy.tokenizer.save_pretrained(folder)
     ends = policy.end_ids if len(policy.end_ids) > 1 else policy.end_ids[0]
     ids = {"eos_token_id": ends, "pad_token_id": policy.pad_id, "bos_token_id": policy.tokenizer.bos_token_id}
-    write_json(folder / "config.json", policy.model.config.to_json() | ids)
+    values = policy.model.config.to_json() if isinstance(policy.model, Llama) else policy.model.config.to_dict()
+    write_json(folder / "config.json", values | ids)
     write_json(folder / "generation_config.json", {"do_sample": True} | ids)
     save_weights(folder / "model.safetensors", policy.model)
 
 
-def load(
-    folder: str | Path, device: torch.device, temperature: float = 1.0, exploration_noise: float = 0.0
-) -> TokenPolicy:
-    """The policy in a checkpoint folder, in float32; raises UserError naming the file that is missing or damaged."""
-    folder = Path(folder)
-    if not folder.is_dir() or not any(folder.iterdir()):
-        mend = f"make one with: python grpo.py --task arithmetic --out {folder}"
-        raise UserError(f"--model: no saved model in {str(folder)!r}; {mend}")
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise UserError(f"--model: {folder} lacks {name}; restore the file or make the run again")
-    values, _ = read_json(folder / "config.json"), read_json(folder / "tokenizer_config.json")
+def find_checkpoint(name: str | Path) -> Path:
+    """The folder of a checkpoint: a local one, or the hub's model of that name, downloaded; raises UserError."""
+    folder = Path(name)
+    if folder.is_dir() and any(folder.iterdir()):
+        return folder
+    make = f"no saved model in {str(name)!r}; make one with: python grpo.py --task arithmetic --out {name}"
+    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+        raise UserError(f"--model: {make}")
+    from huggingface_hub import snapshot_download
+
+    kinds = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # no pickle, no code
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=kinds))
+    except Exception as error:  # the hub's errors have no common base: name, network, permission, disk
+        raise UserError(f"--model: {make}; or, if it is a model of the hub: {str(error).splitlines()[0]}") from error
+
+
+def load_model(folder: Path) -> Llama | HubModel:
+    """The model of a checkpoint, in float32: `Llama` where that computes it, else that of `transformers`.
+
+    Raises UserError naming the file that is missing, damaged or of a kind that cannot be used. No code of the
+    checkpoint's is run and no pickle is read.
+    """
+    values = read_json(folder / "config.json")
+    weights = folder / "model.safetensors"
+    if not weights.is_file() and (folder / "model.safetensors.index.json").is_file():
+        weights = folder / "model.safetensors.index.json"
+    if not weights.is_file():
+        raise UserError(f"--model: {folder} lacks model.safetensors; restore the file or make the run again")
     try:
         model = Llama(LlamaConfig.from_json(values))
-    except (ArithmeticError, AttributeError, TypeError, ValueError, RuntimeError) as error:
-        mend = "give a checkpoint with model_type llama, as sft.py and grpo.py write it"
-        raise UserError(f"{folder / 'config.json'}: {error}; {mend}") from error
-    load_weights(folder / "model.safetensors", model)
-    from transformers import PreTrainedTokenizerFast  # AutoTokenizer would import all of torch._dynamo: two seconds
+    except (ArithmeticError, AttributeError, TypeError, ValueError, RuntimeError) as unfit:
+        return load_hub_model(folder, unfit)
+    load_weights(weights, model)
+    return model
 
+
+def load_hub_model(folder: Path, unfit: Exception) -> HubModel:
+    """The checkpoint's model as `transformers` computes it, since `Llama` does not, for the reason `unfit`."""
+    from transformers import AutoModelForCausalLM, logging
+
+    logging.set_verbosity_error()
+    options = {"dtype": torch.float32, "trust_remote_code": False, "use_safetensors": True, "local_files_only": True}
     try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+        absent = [*report["missing_keys"], *report["mismatched_keys"]]
+        if absent:  # the library would leave them at random
+            raise ValueError(f"no fitting weights for {absent[0]} in the files")
+        return HubModel(model)
+    except Exception as error:  # each of the library's models finds its own faults with a config
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        mend = "give a checkpoint of a causal language model, as transformers or this program writes it"
+        raise UserError(f"{folder / 'config.json'}: {unfit}; transformers: {first}; {mend}") from error
+
+
+def load_tokenizer(folder: Path, model_type: str, vocab_size: int):
+    """The tokenizer of a checkpoint; raises UserError."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if not (folder / name).is_file():
+            raise UserError(f"--model: {folder} lacks {name}; restore the file or make the run again")
+    kind = read_json(folder / "tokenizer_config.json").get("tokenizer_class")
+    try:
+        generic = kind in ("PreTrainedTokenizerFast", "TokenizersBackend")
+        if generic and model_type == "llama":  # as the toy's; AutoTokenizer takes two seconds to import
+            from transformers import PreTrainedTokenizerFast as Loader
+        else:
+            from transformers import AutoTokenizer as Loader
+        tokenizer = Loader.from_pretrained(folder, local_files_only=True)
+        largest = max(tokenizer.get_vocab().values())
     except Exception as error:  # the tokenizers library raises a bare Exception for a damaged file
         raise UserError(f"{folder / 'tokenizer.json'} cannot be read ({error}); restore the file") from error
-    if max(tokenizer.get_vocab().values()) >= model.config.vocab_size:
+    if largest >= vocab_size:
         raise UserError(f"{folder / 'tokenizer.json'} has more tokens than config.json; restore the file")
+    return tokenizer
+
+
+def check_dtype(name: str) -> None:
+    """Raise UserError for a dtype that is not offered: float16 would need its loss scaled."""
+    if name not in ("float32", "bfloat16"):
+        raise UserError(f"--dtype: {name!r} is not offered; there is float32, bfloat16")
+
+
+def load(
+    name: str | Path,
+    device: torch.device,
+    dtype: str = "float32",
+    temperature: float = 1.0,
+    exploration_noise: float = 0.0,
+) -> TokenPolicy:
+    """The policy of a checkpoint folder or of a model of the hub; raises UserError.
+
+    Weights are float32; `dtype` is that of the matrix products.
+    """
+    folder = find_checkpoint(name)
+    for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        if not (folder / file).is_file():
+            raise UserError(f"--model: {folder} lacks {file}; restore the file or make the run again")
+    model = load_model(folder)
+    tokenizer = load_tokenizer(folder, model.config.model_type, model.config.vocab_size)
     generation = folder / "generation_config.json"
-    sources = [values, read_json(generation) if generation.is_file() else {}]
+    sources = [read_json(folder / "config.json"), read_json(generation) if generation.is_file() else {}]
     ends = [source.get("eos_token_id") for source in sources]
     ends = [i for end in ends for i in (end if isinstance(end, list) else [end]) if i is not None]
-    return TokenPolicy(model.to(device), tokenizer, temperature, ends, exploration_noise)
+    if not {tokenizer.eos_token_id, *ends} - {None}:
+        raise UserError(f"{folder / 'config.json'} names no eos_token_id, so no completion could end; add it")
+    policy = TokenPolicy(model.to(device), tokenizer, temperature, ends, exploration_noise)
+    policy.dtype = getattr(torch, dtype)
+    return policy
 
 
 def start_run(folder: str, settings: dict, overwrite: bool, **more) -> Path:
@@ -598,8 +726,12 @@ def evaluate(
     samples: int = 0,
     seed: int = 0,
     batch_rows: int = 512,
+    outputs: list[dict] | None = None,
 ) -> dict[str, float]:
-    """Greedy accuracy with its interval, and with `samples` > 0 accuracy and pass@k at the policy's temperature."""
+    """Greedy accuracy with its interval, and with `samples` > 0 accuracy and pass@k at the policy's temperature.
+
+    Each completion and what was measured of it is appended to `outputs`, where it is given.
+    """
     functions = {"accuracy": task.accuracy, **task.metrics}
 
     def measure(group_size: int, greedy: bool) -> tuple[dict[str, float], np.ndarray]:
@@ -614,12 +746,19 @@ def evaluate(
                 table[name] += apply_reward(name, function, rows, rollout)
             table["length"] += rollout.mask.sum(1).tolist()
             table["truncated"] += rollout.truncated.tolist()
+            for i, (example, text) in enumerate(zip(rows, rollout.texts, strict=True)):
+                if outputs is not None:
+                    measured = {name: values[i - len(rows)] for name, values in table.items()}
+                    question = {"question": example.question, **example.columns}
+                    outputs.append(question | {"greedy": greedy, "completion": text} | measured)
         right = np.array(table["accuracy"]).reshape(-1, group_size).sum(1)
         return {name: statistics.fmean(values) for name, values in table.items()}, right
 
     means, right = measure(1, greedy=True)
-    low, high = wilson(right.sum(), len(examples))
-    result = {"problems": len(examples), "accuracy_low": low, "accuracy_high": high, **means}
+    result = {"problems": len(examples), **means}
+    for name in ("accuracy", "lenient"):
+        if name in means:
+            result[f"{name}_low"], result[f"{name}_high"] = wilson(means[name] * len(examples), len(examples))
     if samples:
         means, right = measure(samples, greedy=False)
         result |= {f"sampled_{name}": value for name, value in means.items()}
@@ -762,11 +901,18 @@ class InferenceConfig:
     max_new_tokens: int | None = option(None, "Longest completion, in tokens. Default: the task's.")
     eval: bool = option(False, "Evaluate on the held-out problems of --task instead of answering a question.")
     task: str = option("arithmetic", "Task whose question format and held-out problems are used.")
+    data: str | None = option(None, "File or folder with the task's records. Default: the hub's.")
     limit: int | None = option(None, "Evaluate on the first so many problems only.")
+    report: str | None = option(None, "With --eval: write the results to this file, as JSON.")
+    outputs: str | None = option(
+        None, "With --eval: write every completion and its scores to this file, as JSON Lines."
+    )
     seed: int = option(0, "Seed of the sampler.")
     device: str = option("auto", "Device: auto, cuda, mps or cpu.")
+    dtype: str = option("float32", "Matrix products in float32 or bfloat16.")
 
     def __post_init__(self):
+        check_dtype(self.dtype)
         require_numbers(self, "samples", "max_new_tokens", "limit")
         if self.temperature is not None and 0 < self.temperature < 1e-3:
             raise UserError(f"--temperature is {self.temperature}; it must be 0 (greedy) or from 0.001 up")
@@ -785,8 +931,7 @@ def answer_question(config: InferenceConfig, question: str, policies: dict[str, 
     task = find_task(config.task)
     greedy = config.temperature == 0 or (config.temperature is None and config.samples == 1)
     for name, policy in policies.items():
-        example = Example(question)
-        example = as_chat(task, example) if policy.chat else example
+        example = pose(task, Example(question), policy.chat)
         width = config.max_new_tokens or task.max_new_tokens
         rollout = policy.sample([example], config.samples, (config.seed, 0, 0), width, greedy=greedy)
         if len(policies) > 1:
@@ -800,11 +945,22 @@ def compare(config: InferenceConfig, policies: dict[str, TokenPolicy]) -> None:
     task = find_task(config.task)
     results = {}
     for name, policy in policies.items():
-        examples = load_task(task, policy.chat)["held_out"][: config.limit]
+        examples = load_task(task, policy.chat, data=config.data)["held_out"][: config.limit]
         width = config.max_new_tokens or task.max_new_tokens
         samples = 0 if config.temperature == 0 else max(config.samples, 4)
-        results[name] = evaluate(policy, task, examples, width, samples, config.seed)
+        outputs: list[dict] = []
+        results[name] = evaluate(policy, task, examples, width, samples, config.seed, outputs=outputs)
+        if config.outputs:
+            append_json(Path(config.outputs), *({"model": name, **output} for output in outputs))
     print(results_table(results))
+    if config.report:
+        settings = {
+            "task": task.name,
+            "samples": samples,
+            "seed": config.seed,
+            "temperature": config.temperature or 1.0,
+        }
+        write_json(Path(config.report), {"settings": settings, "results": results})
 
 
 def results_table(results: dict[str, dict[str, float]]) -> str:
@@ -837,8 +993,13 @@ def main() -> int:
         raise UserError(f"--eval takes no question, but there is {question!r}; leave out the one or the other")
     device = choose_device(config.device)
     find_task(config.task)
+    for path in filter(None, (config.report, config.outputs)):
+        if not config.eval:
+            raise UserError(f"--report and --outputs go with --eval; leave {path!r} out, or add --eval")
+        if Path(path).exists():
+            raise UserError(f"{path} exists; name another file, or delete it")
     temperature = config.temperature or 1.0
-    policies = {name: load(name, device, temperature) for name in config.model}
+    policies = {name: load(name, device, config.dtype, temperature) for name in config.model}
     with out_of_memory("--samples or --max-new-tokens"):
         if config.eval:
             compare(config, policies)

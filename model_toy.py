@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 WORDS = ("What", "is", "<answer>", "</answer>")  # strings that the toy's tokenizer keeps whole
 SPECIAL = ("<pad>", "<eos>", "<unk>")
@@ -20,7 +21,7 @@ SPECIAL = ("<pad>", "<eos>", "<unk>")
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes of a Llama, under the names that `transformers` uses."""
+    """Sizes of a Llama or a Qwen2, under the names that `transformers` uses."""
 
     vocab_size: int
     hidden_size: int = 128
@@ -33,6 +34,8 @@ class LlamaConfig:
     rope_theta: float = 100.0  # short texts need no slow rotations
     tie_word_embeddings: bool = True
     initializer_range: float = 0.05
+    model_type: str = "llama"  # or qwen2, which adds a bias to queries, keys and values
+    rope_scaling: dict | None = None  # the keys of Llama 3's scaling, or None
 
     @property
     def head_dim(self) -> int:
@@ -40,43 +43,66 @@ class LlamaConfig:
 
     def to_json(self) -> dict:
         """The dictionary for `config.json`; the rotary base stands there twice, for transformers 4 and 5."""
-        rope = {"rope_type": "default", "rope_theta": self.rope_theta}
+        rope = {"rope_type": "default", **(self.rope_scaling or {}), "rope_theta": self.rope_theta}
+        biases = {"attention_bias": False, "mlp_bias": False, "head_dim": self.head_dim}
         return asdict(self) | {
-            "model_type": "llama",
-            "architectures": ["LlamaForCausalLM"],
+            "architectures": [{"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[self.model_type]],
             "hidden_act": "silu",
-            "head_dim": self.head_dim,
             "rope_parameters": rope,
-            "attention_bias": False,
-            "mlp_bias": False,
             "dtype": "float32",
+            **(biases if self.model_type == "llama" else {}),
         }
 
     @classmethod
     def from_json(cls, values: dict) -> "LlamaConfig":
         """Read the dictionary of a `config.json`; raises ValueError for a model that `Llama` does not compute."""
-        expected = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-        for key, value in expected.items():
-            if values.get(key, value) != value or "model_type" not in values:
-                raise ValueError(f"{key} is {values.get(key)!r}, this program computes {value!r} only")
-        rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        if rope_type != "default":
-            raise ValueError(f"rope_type is {rope_type!r}, this program computes 'default' only")
-        known = {name: value for name, value in (rope | values).items() if name in cls.__dataclass_fields__}
+        if values.get("model_type") not in ("llama", "qwen2"):
+            raise ValueError(f"model_type is {values.get('model_type')!r}, Llama computes 'llama' and 'qwen2' only")
+        plain = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False}
+        for key, value in plain.items():
+            if values.get(key, value) != value:
+                raise ValueError(f"{key} is {values[key]!r}, Llama computes {value!r} only")
+        rope = {**(values.get("rope_parameters") or values.get("rope_scaling") or {})}
+        theta = rope.pop("rope_theta", values.get("rope_theta"))
+        rope["rope_type"] = rope.pop("type", rope.get("rope_type", "default"))
+        if rope["rope_type"] not in ("default", "llama3"):
+            raise ValueError(f"rope_type is {rope['rope_type']!r}, Llama computes 'default' and 'llama3' only")
+        known = {name: value for name, value in values.items() if name in cls.__dataclass_fields__}
+        known |= {"rope_scaling": None if rope["rope_type"] == "default" else rope}
+        known |= {} if theta is None else {"rope_theta": theta}
         # The defaults of `transformers` differ from the toy's, so nothing that changes the numbers is guessed.
         missing = [name for name in cls.__dataclass_fields__ if name not in known and name != "initializer_range"]
         if missing:
             raise ValueError(f"{', '.join(missing)} is missing")
         for field in fields(cls):
-            value, kinds = known.get(field.name), (int, float) if field.type is float else field.type
-            if value is not None and (not isinstance(value, kinds) or isinstance(value, bool) != (field.type is bool)):
-                raise ValueError(f"{field.name} is {value!r}, not of type {field.type.__name__}")
+            kinds = {float: (int, float), int: int, bool: bool, str: str}.get(field.type, (dict, type(None)))
+            value = known.get(field.name, field.default)
+            if not isinstance(value, kinds) or isinstance(value, bool) != (field.type is bool):
+                raise ValueError(f"{field.name} is {value!r}, not of type {getattr(field.type, '__name__', 'dict')}")
         config = cls(**known)
         size = (values.get("head_dim") or config.head_dim) * config.num_attention_heads
         if size != config.hidden_size:
             raise ValueError(f"head_dim times num_attention_heads is {size}, not hidden_size {config.hidden_size}")
+        config.inverse_frequencies("cpu", torch.float32)
         return config
+
+    def inverse_frequencies(self, device, dtype: torch.dtype) -> torch.Tensor:
+        """Radians per position (D / 2,) of each pair of dimensions, slowed down for long texts as in Llama 3.
+
+        Wavelengths above original_max_position_embeddings / low_freq_factor are stretched by `factor`, those below
+        original / high_freq_factor stay, and those between are interpolated (Llama 3.1's reference code).
+        """
+        exponent = torch.arange(0, self.head_dim, 2, device=device, dtype=dtype) / self.head_dim
+        frequency = self.rope_theta**-exponent
+        if self.rope_scaling is None:
+            return frequency
+        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        try:
+            factor, low, high, original = (float(self.rope_scaling[name]) for name in names)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"rope_scaling of type llama3 needs the numbers {', '.join(names)}") from error
+        share = ((original * frequency / (2 * torch.pi) - low) / (high - low)).clamp(0, 1)  # of the unscaled one
+        return (1 - share) * frequency / factor + share * frequency
 
 
 class Cache:
@@ -128,9 +154,10 @@ class Attention(nn.Module):
         self.layer, self.head_dim = layer, config.head_dim
         self.grouped = config.num_key_value_heads != config.num_attention_heads
         kv_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        bias = config.model_type == "qwen2"
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=bias)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(self, x, rotary, cache, mask):
@@ -174,6 +201,8 @@ class Block(nn.Module):
 class Llama(nn.Module):
     """Decoder-only transformer: RMSNorm, rotary positions, grouped-query attention, SwiGLU (arXiv 2302.13971)."""
 
+    checkpointing = False  # keep only each block's input for the backward pass, and compute the rest again
+
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
@@ -213,7 +242,10 @@ class Llama(nn.Module):
         mask = attention_mask(ids.shape[1], length, key_mask, ids.device)
         rotary = self.rotary(positions, x.dtype)
         for block in self.model.layers:
-            x = block(x, rotary, cache, mask)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, rotary, cache, mask, use_reentrant=False)
+            else:
+                x = block(x, rotary, cache, mask)
         if cache is not None:
             cache.length = length
         return self.model.norm(x)
@@ -221,14 +253,111 @@ class Llama(nn.Module):
     def rotary(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines (B, 1, T, D), in float32 or wider until the last step."""
         wide = torch.promote_types(dtype, torch.float32)
-        exponent = torch.arange(0, self.config.head_dim, 2, device=positions.device, dtype=wide) / self.config.head_dim
-        angle = positions[:, None, :, None].to(wide) * self.config.rope_theta**-exponent  # (B, 1, T, D / 2)
+        frequency = self.config.inverse_frequencies(positions.device, wide)
+        angle = positions[:, None, :, None].to(wide) * frequency  # (B, 1, T, D / 2)
         angle = torch.cat([angle, angle], dim=-1)
         return angle.cos().to(dtype), angle.sin().to(dtype)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (..., V) of hidden states (..., C)."""
         return self.lm_head(hidden)
+
+    def new_cache(self) -> Cache:
+        return Cache(self.config.num_hidden_layers)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint holds: a tied output layer is left out, as `transformers` does."""
+        tied = self.config.tie_word_embeddings
+        return {name: x for name, x in self.state_dict().items() if not (tied and name == "lm_head.weight")}
+
+    def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        """Take the weights of a checkpoint; raises RuntimeError if they do not fit."""
+        weights = {name: x for name, x in weights.items() if not name.endswith("rotary_emb.inv_freq")}  # old files
+        if self.config.tie_word_embeddings:
+            weights["lm_head.weight"] = weights.get("model.embed_tokens.weight", torch.empty(0))
+        self.load_state_dict(weights)
+
+
+class HubCache:
+    """The cache of any model of `transformers`, with `Cache`'s way to select and repeat rows."""
+
+    def __init__(self):
+        from transformers import DynamicCache
+
+        self.inner = DynamicCache()
+
+    def select(self, rows: torch.Tensor, room: int = 0) -> "HubCache":
+        """These rows (int64 indices, repeats allowed); it grows by concatenation, so `room` is not needed."""
+        copy = HubCache()
+        for i, layer in enumerate(self.inner.layers):
+            copy.inner.update(layer.keys.index_select(0, rows), layer.values.index_select(0, rows), i)
+        return copy
+
+
+class HubModel(nn.Module):
+    """Any causal language model of `transformers` behind the two calls of `Llama`; raises ValueError for some."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        if getattr(model, "_is_stateful", False):
+            raise ValueError(f"{model.config.model_type} is recurrent: its state cannot be cut back to single rows")
+        self.model, self.config, self.full_logits = model, model.config, False
+        for module in model.modules():  # the policy that samples is the policy that is scored: no dropout
+            for name, value in list(vars(module).items()):
+                if isinstance(value, float) and (name == "p" or "drop" in name):
+                    setattr(module, name, 0.0)
+        ids = torch.arange(4)[None].to(model.device)
+        with torch.no_grad():
+            expected = model(input_ids=ids).logits
+            ours = self.logits(self(ids, ids))
+        # Some models scale or cap their logits: there the "hidden states" are the logits themselves.
+        self.full_logits = ours.shape != expected.shape or not torch.allclose(ours, expected, rtol=1e-4, atol=1e-4)
+
+    @property
+    def checkpointing(self) -> bool:
+        return self.model.is_gradient_checkpointing
+
+    @checkpointing.setter
+    def checkpointing(self, on: bool) -> None:
+        if on:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            self.model.gradient_checkpointing_disable()
+
+    def forward(self, ids, positions, cache: HubCache | None = None, key_mask: torch.Tensor | None = None):
+        """Last hidden states (B, T, C), or logits (B, T, V) where `full_logits`; arguments as in `Llama.forward`."""
+        # `transformers` checkpoints in training mode only, and then drops the cache; dropout is 0 in either mode.
+        self.model.train(self.checkpointing and torch.is_grad_enabled() and cache is None)
+        output = (self.model if self.full_logits else self.model.base_model)(
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=None if key_mask is None else key_mask.long(),
+            past_key_values=None if cache is None else cache.inner,
+            use_cache=cache is not None,
+        )
+        return output.logits if self.full_logits else output.last_hidden_state
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (..., V) of what `forward` returned."""
+        return hidden if self.full_logits else self.model.get_output_embeddings()(hidden)
+
+    def new_cache(self) -> HubCache:
+        return HubCache()
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint holds: of tied tensors the first."""
+        seen, kept = set(), {}
+        for name, x in self.model.state_dict().items():
+            if (x.data_ptr(), x.shape) not in seen:
+                kept[name] = x
+            seen.add((x.data_ptr(), x.shape))
+        return kept
+
+    def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        """Take the weights of a checkpoint; raises RuntimeError if they do not fit."""
+        if weights.keys() != self.weights().keys():
+            raise RuntimeError("other names than the model has")
+        self.model.load_state_dict(weights, strict=False)
 
 
 def attention_mask(new: int, length: int, key_mask: torch.Tensor | None, device) -> torch.Tensor | None:

@@ -20,7 +20,10 @@ class UserError(ValueError):
     """A mistake of the user's; its one line names the thing and the mend."""
 
 
-INTEGER = re.compile(r"[+-]?[0-9]{1,30}")
+# At most 30 digits, thousands marked by commas or not, and nothing but zeros after a point.
+INTEGER = re.compile(r"[+-]?(?:[0-9]{1,30}|[0-9]{1,3}(?:,[0-9]{3}){1,9})(?:\.0{1,9})?")
+# The same inside a text: not a part of a longer number, nor of a decimal fraction.
+INTEGER_INSIDE = re.compile(rf"(?<![0-9.,])(?<![0-9.,][+-]){INTEGER.pattern}(?![0-9]|[.,][0-9])")
 ANSWER = re.compile(r"<answer>([^<>]{1,200})</answer>")
 
 
@@ -39,8 +42,9 @@ def extract_answer(completion: str | list[dict]) -> str | None:
 
 
 def to_integer(text: str | None) -> int | None:
-    """The integer that `text` is (ASCII digits, at most 30), or None."""
-    return int(text) if text is not None and INTEGER.fullmatch(text) else None
+    """The integer that `text` is (ASCII digits, at most 30; `1,080`, `$18` and `142.0` too), or None."""
+    text = (text or "").strip().removeprefix("$")
+    return int(text.partition(".")[0].replace(",", "")) if INTEGER.fullmatch(text) else None
 
 
 def answer_format(prompts, completions, **_) -> list[float]:
@@ -62,6 +66,55 @@ def answer_exact(prompts, completions, answer, **_) -> list[float]:
     return [float(value is not None and value == int(right)) for value, right in zip(values, answer, strict=True)]
 
 
+def hard(prompts, completions, answer, **_) -> list[float]:
+    """2 for the right integer answer, else 0."""
+    return [2 * value for value in answer_exact(prompts, completions, answer)]
+
+
+def soft(prompts, completions, answer, **_) -> list[float]:
+    """1 / (1 + distance) of an integer answer from the right one; 0 without one."""
+    values = [to_integer(extract_answer(completion)) for completion in completions]
+    return [0.0 if value is None else 1 / (1 + abs(value - int(a))) for value, a in zip(values, answer, strict=True)]
+
+
+def think_format(prompts, completions, **_) -> list[float]:
+    """1 for `<think>...</think><answer>...</answer>` and nothing else, each tag once, else 0."""
+    scores = []
+    for completion in completions:
+        text = text_of(completion).strip()
+        thought, mark, rest = text.partition("</think>")
+        once = all(text.count(tag) == 1 for tag in ("<think>", "</think>"))
+        framed = (
+            text.startswith("<think>") and thought.removeprefix("<think>").strip() and rest.lstrip()[:8] == "<answer>"
+        )
+        scores.append(float(bool(mark and once and framed) and extract_answer(rest) is not None))
+    return scores
+
+
+def last_boxed(text: str) -> str | None:
+    r"""What the last `\boxed{...}` (or `\fbox{...}`) of a text holds, braces inside balanced, or None.
+
+    Searched are the last 20,000 characters, in one pass.
+    """
+    text = text[-20_000:]
+    start = max(text.rfind(r"\boxed{"), text.rfind(r"\fbox{"))
+    if start < 0:
+        return None
+    start, depth, i = text.index("{", start) + 1, 1, text.index("{", start) + 1
+    while i < len(text) and depth:
+        if text[i] == "\\":
+            i += 1  # an escaped brace, \{ or \}, is a sign, no bracket
+        else:
+            depth += {"{": 1, "}": -1}.get(text[i], 0)
+        i += 1
+    return text[start : i - 1].strip() or None if not depth else None
+
+
+def boxed_format(prompts, completions, **_) -> list[float]:
+    r"""1 where the completion has a well-formed `\boxed{...}` that is not empty, else 0."""
+    return [float(last_boxed(text_of(completion)) is not None) for completion in completions]
+
+
 def soft_overlong(limit: int, buffer: float) -> RewardFunction:
     """A penalty on length: 0 up to (1 - buffer) * limit tokens, then linear to -1 at the limit (DAPO, eq. 13)."""
 
@@ -71,7 +124,19 @@ def soft_overlong(limit: int, buffer: float) -> RewardFunction:
     return overlong
 
 
-REWARDS: dict[str, RewardFunction] = {f.__name__: f for f in (answer_format, answer_near, answer_exact)}
+def answer_last(prompts, completions, answer, **_) -> list[float]:
+    """1 where the last integer in the last 2,000 characters is the right one, else 0: the lenient reading."""
+    scores = []
+    for completion, right in zip(completions, answer, strict=True):
+        found = INTEGER_INSIDE.findall(text_of(completion)[-2000:])
+        scores.append(float(bool(found) and to_integer(found[-1]) == int(right)))
+    return scores
+
+
+REWARDS: dict[str, RewardFunction] = {
+    function.__name__: function
+    for function in (answer_format, answer_near, answer_exact, answer_last, hard, soft, think_format, boxed_format)
+}
 
 
 def apply_reward(name: str, function: RewardFunction, examples, rollout, **extra) -> list[float | None]:

@@ -21,6 +21,7 @@ from inference import (
     Rollout,
     TokenPolicy,
     append_json,
+    check_dtype,
     choose_device,
     evaluate,
     load,
@@ -56,15 +57,21 @@ class SFTConfig:
     warmup_steps: int = option(40, "Steps in which the learning rate rises from 0.")
     weight_decay: float = option(0.01, "Weight decay of AdamW.")
     clip_grad_norm: float = option(1.0, "Largest gradient norm; a longer gradient is scaled down to it.")
-    worked: float = option(0.3, "Fraction of demonstrations that show their working and are right.")
-    wrong: float = option(0.95, "Fraction of the other demonstrations that stop after the first step: mostly wrong.")
-    copies: int = option(8, "Demonstrations of each training problem.")
+    worked: float | None = option(None, "Arithmetic: fraction of demonstrations that show their working. Default: 0.3.")
+    wrong: float | None = option(None, "Arithmetic: fraction of the others that stop after one step. Default: 0.95.")
+    copies: int | None = option(None, "Arithmetic: demonstrations of each training problem. Default: 8.")
+    data: str | None = option(None, "File or folder with the task's records. Default: the hub's.")
+    limit: int | None = option(None, "Take at most so many records for each split.")
+    dtype: str = option("float32", "Matrix products in float32 or bfloat16; the weights that learn stay in float32.")
     overwrite: bool = option(False, "Replace the run that --out holds.")
 
     def __post_init__(self):
-        require_numbers(self, "epochs", "batch_size", "micro_batch_tokens", "learning_rate", "clip_grad_norm", "copies")
+        require_numbers(
+            self, "epochs", "batch_size", "micro_batch_tokens", "learning_rate", "clip_grad_norm", "copies", "limit"
+        )
+        check_dtype(self.dtype)
         for name in ("worked", "wrong"):
-            if getattr(self, name) > 1:
+            if getattr(self, name) is not None and getattr(self, name) > 1:
                 raise UserError(f"--{name} is {getattr(self, name)}; it is a fraction from 0 to 1")
 
 
@@ -106,10 +113,15 @@ def cross_entropy_backward(policy: TokenPolicy, rollout: Rollout, token_budget: 
 def train(config: SFTConfig) -> TokenPolicy:
     """Learn the task's demonstrations, save the policy in `config.out` and return it."""
     task, device = find_task(config.task), choose_device(config.device)
-    policy = None if config.model is None else load(config.model, device)
+    if config.model is None and not task.toy:
+        raise UserError(f"--task {task.name} needs a --model: a checkpoint folder, or the name of a model on the hub")
+    policy = None if config.model is None else load(config.model, device, config.dtype)
     settings = {"worked": config.worked, "wrong": config.wrong, "copies": config.copies}
+    settings |= {"data": config.data, "limit": config.limit}
     data = load_task(task, policy is not None and policy.chat, **settings)
     pairs = [(example.prompt, text) for example in data["train"] for text in example.demonstrations]
+    if not pairs:
+        raise UserError(f"--task {task.name} has no demonstrations to learn from; take another task or other --data")
     if policy is None:
         policy = new_policy([text for pair in pairs for text in pair], config.seed, device)
     out = start_run(config.out, dataclasses.asdict(config), config.overwrite)
@@ -118,6 +130,15 @@ def train(config: SFTConfig) -> TokenPolicy:
     completions = [
         ids + [end] for ids in policy.tokenizer([text for _, text in pairs], add_special_tokens=False).input_ids
     ]
+
+    room = policy.model.config.max_position_embeddings
+    fits = [len(prompt) + len(completion) <= room for prompt, completion in zip(prompts, completions, strict=True)]
+    if not all(fits):
+        print(f"left out {len(fits) - sum(fits)} of {len(fits)} demonstrations of more than {room} tokens")
+        columns = pairs, prompts, completions
+        pairs, prompts, completions = ([x for x, fit in zip(column, fits, strict=True) if fit] for column in columns)
+    if not pairs:
+        raise UserError(f"--model: no demonstration fits into its {room} tokens; take a model that reads longer texts")
 
     steps = max(1, round(config.epochs * len(pairs) / config.batch_size))
     parameters = list(policy.model.parameters())
@@ -146,7 +167,7 @@ def train(config: SFTConfig) -> TokenPolicy:
 def main() -> None:
     config = SFTConfig(**vars(parser_for(SFTConfig, "Supervised fine-tuning on a task's demonstrations.").parse_args()))
     policy, task = train(config), find_task(config.task)
-    held_out = load_task(task, policy.chat)["held_out"]
+    held_out = load_task(task, policy.chat, data=config.data, limit=config.limit)["held_out"]
     result = evaluate(policy, task, held_out, task.max_new_tokens, samples=4)
     write_json(Path(config.out) / "evaluation.json", {"sft": result})
     print(results_table({config.out: result}))

@@ -5,13 +5,16 @@ validation problems steer (curves, best checkpoint, early stop, tuning), held-ou
 """
 
 import hashlib
+import inspect
 import itertools
+import json
 import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
-from rewards import RewardFunction, UserError, answer_exact, answer_format, text_of
+from rewards import RewardFunction, UserError, answer_exact, answer_format, answer_last, text_of, to_integer
 
 OPERATIONS = {"+": lambda x, y: x + y, "-": lambda x, y: x - y, "*": lambda x, y: x * y}
 
@@ -20,14 +23,10 @@ OPERATIONS = {"+": lambda x, y: x + y, "-": lambda x, y: x - y, "*": lambda x, y
 class Example:
     """One problem: the question, the columns that rewards need, and demonstrations for supervised fine-tuning."""
 
-    prompt: str | list[dict]  # a plain question, or messages for a chat model
+    prompt: str | list[dict]  # what the model reads: a text, or messages for a chat model
     columns: dict = field(default_factory=dict)
     demonstrations: tuple[str, ...] = ()
-
-    @property
-    def question(self) -> str:
-        """The text that is asked, without the roles of a chat."""
-        return self.prompt if isinstance(self.prompt, str) else self.prompt[-1]["content"]
+    question: str = ""  # as the data has it, before the task's instruction is added
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,8 @@ class Task:
     metrics: dict[str, RewardFunction]
     chat_instruction: str  # added to the question for models that have a chat template
     max_new_tokens: int
+    plain: str = "{question}"  # how a model without a chat template is asked
+    toy: bool = False  # a toy can learn it from nothing, so no --model is needed
 
 
 def in_fixed_order(examples: list[Example]) -> list[Example]:
@@ -72,6 +73,133 @@ def arithmetic(worked: float = 0.3, wrong: float = 0.95, copies: int = 8) -> dic
     return {"validation": examples[:500], "train": examples[500:8000], "held_out": examples[8000:]}
 
 
+def read_records(path: Path) -> list[dict]:
+    """The records of a JSON, JSON Lines or parquet file; raises UserError naming file and line."""
+    try:
+        if path.suffix == ".parquet":
+            try:
+                from pyarrow.parquet import read_table
+            except ImportError as error:
+                raise UserError(f"--data: {path} needs pyarrow; python -m pip install pyarrow") from error
+            return read_table(path).to_pylist()
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix == ".json":
+            records = json.loads(text)
+            if not isinstance(records, list):
+                raise UserError(f"--data: {path} does not hold a list of records; give a list, or JSON Lines as .jsonl")
+        else:
+            lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+            records = []
+            for number, line in lines:
+                try:
+                    records.append(json.loads(line))
+                except (ValueError, RecursionError) as error:
+                    raise UserError(
+                        f"--data: {path}, line {number}, is no JSON ({error}); mend or delete it"
+                    ) from error
+    except UserError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:  # pyarrow's errors are among them
+        raise UserError(f"--data: {path} cannot be read ({error}); give a .json, .jsonl or .parquet file") from error
+    strange = next((i for i, record in enumerate(records, 1) if not isinstance(record, dict)), None)
+    if strange is not None:
+        raise UserError(f"--data: record {strange} of {path} is no object with fields; mend or delete it")
+    return records
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a task's records come from: the hub by default, or a file or folder in the same schema (`--data`)."""
+
+    hub: str
+    config: str | None
+    splits: dict[str, str]  # of the hub: `train` and, where it has one, `held_out`
+    convert: Callable[[dict], Example]  # raises KeyError, TypeError or ValueError for a record it cannot use
+
+    def load(self, data: str | None = None, limit: int | None = None) -> dict[str, list[Example]]:
+        """Examples by split, at most `limit` of each; raises UserError.
+
+        Where the source has no held-out records a tenth of its own is held out. Validation is a twentieth of what is
+        left to train on, at most 500. Both follow from a hash of the question, and no question stands in two splits.
+        """
+        found = {name: self.examples(records, where) for name, (records, where) in self.records(data).items()}
+        held_out = {example.prompt: example for example in found.get("held_out", [])}
+        train = {example.prompt: example for example in found["train"] if example.prompt not in held_out}
+        train = in_fixed_order(list(train.values()))
+        if not held_out:
+            cut = -(-len(train) // 10)
+            held_out, train = dict(enumerate(train[:cut])), train[cut:]
+        cut = min(500, -(-len(train) // 20))
+        splits = {"train": train[cut:], "validation": train[:cut], "held_out": in_fixed_order(list(held_out.values()))}
+        empty = [name for name, examples in splits.items() if not examples]
+        if empty:
+            raise UserError(f"--data: too few records, {', '.join(empty)} would be empty; give at least 3")
+        return {name: examples[:limit] for name, examples in splits.items()}
+
+    def records(self, data: str | None) -> dict[str, tuple[list[dict], str]]:
+        """Records and the name of where they came from, by split."""
+        if data is None:
+            try:
+                from datasets import load_dataset
+            except ImportError as error:
+                mend = "python -m pip install datasets, or name a local file with --data"
+                raise UserError(f"--task: {self.hub} is read from the hub by the package datasets; {mend}") from error
+            try:
+                return {
+                    name: (load_dataset(self.hub, self.config, split=split).to_list(), self.hub)
+                    for name, split in self.splits.items()
+                }
+            except Exception as error:  # network, disk, authorization: the library's errors have no common base
+                first = (str(error).splitlines() or [type(error).__name__])[0]
+                raise UserError(f"--task: {self.hub} cannot be read from the hub ({first}); use --data FILE") from error
+        path = Path(data)
+        if path.is_dir():
+            files = {name: sorted(path.glob(f"{stem}.*")) for name, stem in (("train", "train"), ("held_out", "test"))}
+            if not files["train"]:
+                raise UserError(f"--data: {data} holds no train.jsonl (or .json, .parquet); name a file")
+            return {name: (read_records(paths[0]), str(paths[0])) for name, paths in files.items() if paths}
+        if not path.is_file():
+            raise UserError(
+                f"--data: no file {data!r}; give a .json, .jsonl or .parquet file, or a folder with train.jsonl"
+            )
+        return {"train": (read_records(path), data)}
+
+    def examples(self, records: list[dict], where: str) -> list[Example]:
+        """The records as examples; raises UserError naming the first that does not have the source's fields."""
+        examples = []
+        for number, record in enumerate(records, 1):
+            try:
+                example = self.convert(record)
+                if not isinstance(example.prompt, str) or not example.prompt.strip():
+                    raise ValueError("no question")
+                examples.append(example)
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                fields = f"its fields are {', '.join(map(str, record))}"
+                what = f"lacks {error}" if isinstance(error, KeyError) else f"has {error}"
+                raise UserError(
+                    f"{where}: record {number} {what}; {fields}; {self.hub} shows what is expected"
+                ) from error
+        return examples
+
+
+def gsm8k_example(record: dict) -> Example:
+    """`question` and `answer`: worked steps with marks such as <<3*4=12>>, then `#### 1,080` on the last line."""
+    working, mark, number = record["answer"].rpartition("####")
+    answer = to_integer(number.strip())
+    if not mark or answer is None:
+        raise ValueError("an answer without `#### N` at its end")
+    working = re.sub(r"<<[^<>]{0,200}>>", "", working).strip()
+    return Example(record["question"], {"answer": str(answer)}, (f"{working}\n<answer>{answer}</answer>",))
+
+
+def aimo_example(record: dict) -> Example:
+    """`problem` and `answer`, the text of an integer: `025`, or `142.0`."""
+    answer = to_integer(str(record["answer"]).strip())
+    if answer is None:
+        raise ValueError(f"the answer {str(record['answer'])[:40]!r}, which is no integer")
+    return Example(record["problem"], {"answer": str(answer)})
+
+
 def shows_working(prompts, completions, **_) -> list[float]:
     """1 where an equation such as `4-9=-5` stands before the answer, else 0."""
     before = (text_of(completion).partition("<answer>")[0] for completion in completions)
@@ -89,7 +217,28 @@ TASKS = {
             metrics={"working": shows_working, "format": answer_format},
             chat_instruction="Work it out step by step, then end with the number in <answer>...</answer>.",
             max_new_tokens=32,
-        )
+            toy=True,
+        ),
+        Task(
+            name="gsm8k",
+            load=Source("openai/gsm8k", "main", {"train": "train", "held_out": "test"}, gsm8k_example).load,
+            rewards="answer_format=0.2,answer_near=0.2,answer_exact=0.6",
+            accuracy=answer_exact,
+            metrics={"lenient": answer_last, "format": answer_format},
+            chat_instruction="Work it out step by step, then end with the number in <answer>...</answer>.",
+            max_new_tokens=512,
+            plain="{question}\n{instruction}\n",
+        ),
+        Task(
+            name="aimo",
+            load=Source("AI-MO/aimo-validation-aime", None, {"train": "train"}, aimo_example).load,
+            rewards="answer_format=0.2,answer_exact=0.8",
+            accuracy=answer_exact,
+            metrics={"lenient": answer_last, "format": answer_format},
+            chat_instruction="Work it out step by step, then end with the integer in <answer>...</answer>.",
+            max_new_tokens=2048,
+            plain="{question}\n{instruction}\n",
+        ),
     ]
 }
 
@@ -101,13 +250,24 @@ def find_task(name: str) -> Task:
     return TASKS[name]
 
 
-def as_chat(task: Task, example: Example) -> Example:
-    """The example as one user message that also asks for the answer's format."""
-    content = f"{example.prompt}\n{task.chat_instruction}"
-    return replace(example, prompt=[{"role": "user", "content": content}])
+def pose(task: Task, example: Example, chat: bool) -> Example:
+    """The example as it is asked: one user message that asks for the answer's format too, or the task's plain form."""
+    if chat:
+        prompt = [{"role": "user", "content": f"{example.prompt}\n{task.chat_instruction}"}]
+    else:
+        prompt = task.plain.format(question=example.prompt, instruction=task.chat_instruction)
+    return replace(example, prompt=prompt, question=example.prompt)
 
 
 def load_task(task: Task, chat: bool, **settings) -> dict[str, list[Example]]:
-    """The examples of a task by split, as messages if `chat`; settings go to the task's `load`."""
-    splits = task.load(**settings)
-    return {name: [as_chat(task, e) if chat else e for e in examples] for name, examples in splits.items()}
+    """The examples of a task by split, as messages if `chat`; settings that are not None go to the task's `load`.
+
+    Raises UserError for a setting that the task does not have.
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+    try:
+        inspect.signature(task.load).bind(**given)
+    except TypeError as error:
+        name = str(error).split("'")[1]
+        raise UserError(f"--{name}: task {task.name} has no such setting; leave it out") from error
+    return {name: [pose(task, e, chat) for e in examples] for name, examples in task.load(**given).items()}

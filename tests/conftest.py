@@ -18,6 +18,17 @@ torch.set_num_threads(1)
 settings.register_profile("repeatable", derandomize=True, deadline=None)  # the same examples in every run
 settings.load_profile("repeatable")
 
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real data in the sources' own schemas, beside the checkout or where GRPO_SHARED_DATA says."""
+    default = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+    folder = Path(os.environ.get("GRPO_SHARED_DATA", default))
+    if not folder.is_dir():
+        (pytest.fail if "GRPO_SHARED_DATA" in os.environ else pytest.skip)(f"no real data in {folder}")
+    return folder
+
+
 CHARACTERS = "0123456789()+-*=;?"
 
 

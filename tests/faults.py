@@ -66,7 +66,7 @@ FAULTS = [
     Fault(
         "the sampling temperature missing in the scorer",
         "huggingface/trl#3029",
-        "inference.py", "log_distribution(logits, self.temperature, self.exploration_noise)", "log_distribution(logits, 1.0, self.exploration_noise)",
+        "inference.py", "self.temperature, self.exploration_noise)\n            with torch.no_grad", "1.0, self.exploration_noise)\n            with torch.no_grad",
         "oracle_sampler::test_scorer_is_transformers",
     ),
     Fault(

@@ -642,3 +642,24 @@ def test_choose_device():
     assert choose_device("cpu") == CPU
     with pytest.raises(UserError, match="--device"):
         choose_device("abacus")
+
+
+def test_eval_writes_a_report_and_every_completion(monkeypatch, capsys, folders, tmp_path):
+    files = ["--report", tmp_path / "report.json", "--outputs", tmp_path / "outputs.jsonl"]
+    words = ["--eval", "--limit", 3, "--model", folders / "seven", "--samples", 2, *files]
+    assert run(monkeypatch, capsys, *words)[0] == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    (result,) = report["results"].values()
+    lines = [json.loads(line) for line in (tmp_path / "outputs.jsonl").read_text().splitlines()]
+    assert report["settings"]["task"] == "arithmetic" and result["problems"] == 3
+    greedy, sampled = ([line for line in lines if line["greedy"] is kind] for kind in (True, False))
+    assert len(greedy) == 3 and len(sampled) == 3 * 4
+    assert sum(line["accuracy"] for line in greedy) / 3 == pytest.approx(result["accuracy"])
+    assert {line["completion"] for line in lines} == {"<answer>7</answer>"}
+    assert [line["question"] for line in greedy] == [e.prompt for e in find_task("arithmetic").load()["held_out"][:3]]
+    for line in lines:
+        assert line["accuracy"] == (line["answer"] == "7") and line["length"] == 4 and not line["truncated"]
+    status, _, errors = run(monkeypatch, capsys, *words)
+    assert status == 2 and "report.json exists" in errors
+    status, _, errors = run(monkeypatch, capsys, "What is 1?", "--report", tmp_path / "x.json")
+    assert status == 2 and "--eval" in errors

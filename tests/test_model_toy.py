@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig as ReferenceConfig
 from transformers import LlamaForCausalLM
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from model_toy import SPECIAL, WORDS, Cache, Llama, LlamaConfig, character_tokenizer
 
@@ -142,6 +143,29 @@ def test_config_survives_json():
     assert config.head_dim == 8
 
 
+def test_both_forms_of_llama_3s_scaling_are_read():
+    """That of files on the hub, rope_theta beside rope_scaling, and that of transformers 5, all in rope_parameters."""
+    scaling = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling["original_max_position_embeddings"] = 64
+    plain = {
+        name: value for name, value in GOOD.items() if name not in ("rope_theta", "rope_parameters", "rope_scaling")
+    }
+    old = LlamaConfig.from_json(plain | {"rope_theta": 5e5, "rope_scaling": scaling})
+    new = LlamaConfig.from_json(plain | {"rope_parameters": scaling | {"rope_theta": 5e5}})
+    assert old == new and old.rope_theta == 5e5
+    assert LlamaConfig.from_json(json.loads(json.dumps(old.to_json()))) == old
+    ours = old.inverse_frequencies("cpu", torch.float32)
+    config = ReferenceConfig(hidden_size=32, num_attention_heads=4, rope_parameters=scaling | {"rope_theta": 5e5})
+    theirs, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+    assert not torch.allclose(
+        ours,
+        LlamaConfig.from_json(plain | {"rope_theta": 5e5, "rope_scaling": None}).inverse_frequencies(
+            "cpu", torch.float32
+        ),
+    )
+
+
 def test_the_config_of_transformers_is_read():
     """Both the rope_theta of transformers 4, at the top, and that of transformers 5, inside rope_parameters."""
     sizes = {"vocab_size": 30, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3}
@@ -162,14 +186,15 @@ GOOD = LlamaConfig(vocab_size=30, hidden_size=32).to_json()
 @pytest.mark.parametrize(
     ("change", "part"),
     [
-        ({"model_type": "qwen2"}, "model_type is 'qwen2'"),
-        ({"model_type": "mamba"}, "model_type is 'mamba', this program computes 'llama'"),
+        ({"model_type": "mamba"}, "model_type is 'mamba', Llama computes 'llama' and 'qwen2'"),
         ({"model_type": None}, "model_type is None"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"mlp_bias": True}, "mlp_bias is True"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "rope_type is 'llama3'"),
-        ({"rope_parameters": None, "rope_scaling": {"rope_type": "llama3"}}, "rope_type is 'llama3'"),
+        ({"use_sliding_window": True}, "use_sliding_window is True"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 5e5}}, "rope_type is 'yarn'"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "needs the numbers factor"),
+        ({"rope_parameters": None, "rope_scaling": {"rope_type": "llama3", "factor": "x"}}, "needs the numbers factor"),
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type is 'linear'"),
         ({"head_dim": 16}, "head_dim"),
         ({"num_attention_heads": 5}, "head_dim"),

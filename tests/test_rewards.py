@@ -5,7 +5,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from rewards import UserError, answer_exact, answer_format, answer_near, apply_reward, parse_rewards
+from rewards import (
+    UserError,
+    answer_exact,
+    answer_format,
+    answer_last,
+    answer_near,
+    apply_reward,
+    boxed_format,
+    hard,
+    last_boxed,
+    parse_rewards,
+    soft,
+    think_format,
+)
 from tasks import Example
 
 # (completion, answer_format, answer_near, answer_exact), the right answer being 5
@@ -22,7 +35,14 @@ TABLE = [
     ("<answer>7</answer>", 1, 0, 0),
     ("<answer>-5</answer>", 1, 0, 0),
     ("<answer>five</answer>", 1, 0, 0),
-    ("<answer>5.0</answer>", 1, 0, 0),
+    ("<answer>5.0</answer>", 1, 1, 1),
+    ("<answer>$5</answer>", 1, 1, 1),
+    ("<answer>5.5</answer>", 1, 0, 0),
+    ("<answer>5.</answer>", 1, 0, 0),
+    ("<answer>,5</answer>", 1, 0, 0),
+    ("<answer>0,005</answer>", 1, 1, 1),
+    ("<answer>0,05</answer>", 1, 0, 0),
+    ("<answer>5,000</answer>", 1, 0, 0),
     ("<answer>5e0</answer>", 1, 0, 0),
     ("<answer>0x5</answer>", 1, 0, 0),
     ("<answer>1_0</answer>", 1, 0, 0),
@@ -194,3 +214,84 @@ def test_a_users_own_reward_comes_from_a_file(tmp_path):
     path.write_text("def longer(:\n")
     with pytest.raises(UserError, match="SyntaxError"):
         parse_rewards(f"{path}:longer=1")
+
+
+@pytest.mark.parametrize(
+    ("text", "right", "score"),
+    [
+        ("so she has 1,080 left", "1080", 1),
+        ("48/2 = 24 clips, 48+24 = 72.", "72", 1),
+        ("the answer is $18.", "18", 1),
+        ("the answer is $18.00", "18", 1),
+        ("the answer is 18.50", "18", 0),  # no integer, and its parts are none either
+        ("it costs 18.50, so 19", "19", 1),
+        ("<answer>-5</answer>", "-5", 1),
+        ("10-5", "5", 0),  # reads as 10 and -5
+        ("x = -5", "-5", 1),
+        ("12345 and 1234567", "1234567", 1),
+        ("1,23", "23", 0),
+        ("first 7, then 8", "7", 0),
+        ("none", "7", 0),
+        ("", "7", 0),
+        ("\u0665", "5", 0),
+        ("7" + " x" * 2000, "7", 0),  # beyond what is searched
+        ("9" * 1_000_000, "9", 0),
+        ("1," * 500_000 + "7", "7", 0),
+        ("((((" * 250_000 + " 7", "7", 1),
+    ],
+)
+def test_the_lenient_reading_is_the_last_integer(text, right, score):
+    assert answer_last(["q"], [text], [right]) == [score]
+    assert answer_last(["q"], [[{"role": "assistant", "content": text}]], [right]) == [score]
+
+
+def test_hard_and_soft():
+    texts = ["<answer>5</answer>", "<answer>6</answer>", "<answer>-4</answer>", "5", "<answer>x</answer>"]
+    assert hard(None, texts, ["5"] * 5) == [2, 0, 0, 0, 0]
+    assert soft(None, texts, ["5"] * 5) == pytest.approx([1, 0.5, 0.1, 0, 0])
+    assert soft(None, ["<answer>" + "9" * 30 + "</answer>"], ["5"]) == pytest.approx([0])
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ("<think>4-9=-5</think><answer>-5</answer>", 1),
+        (" <think>\na\n</think>\n<answer>-5</answer>\n", 1),
+        ("<think></think><answer>5</answer>", 0),
+        ("<think>a</think>so <answer>5</answer>", 0),
+        ("so <think>a</think><answer>5</answer>", 0),
+        ("<think>a<think>b</think></think><answer>5</answer>", 0),
+        ("<think>a</think><answer>5</answer><answer>5</answer>", 0),
+        ("<think>a<answer>5</answer></think><answer>5</answer>", 1),
+        ("<think>a</think>", 0),
+        ("<answer>5</answer>", 0),
+        ("<think>" * 150_000, 0),
+        ("", 0),
+    ],
+)
+def test_think_format(text, score):
+    assert think_format(None, [text]) == think_format(None, [[{"role": "assistant", "content": text}]]) == [score]
+
+
+@pytest.mark.parametrize(
+    ("text", "inside"),
+    [
+        (r"so $\boxed{42}$.", "42"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{1} and then \boxed{ \dfrac{\sqrt{3}}{2} }", r"\dfrac{\sqrt{3}}{2}"),
+        (r"\fbox{7}", "7"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{\text{a \} b}}", r"\text{a \} b}"),
+        (r"\boxed{}", None),
+        (r"\boxed{1", None),
+        (r"\boxed 1", None),
+        ("boxed{1}", None),
+        ("", None),
+        (r"\boxed{" * 200_000, None),
+        ("{" * 1_000_000 + r"\boxed{3}", "3"),
+        (r"\boxed{" + "{" * 5_000 + "3" + "}" * 5_000 + "}", "{" * 5_000 + "3" + "}" * 5_000),
+    ],
+)
+def test_last_boxed(text, inside):
+    assert last_boxed(text) == inside
+    assert boxed_format(None, [text]) == [float(inside is not None)]

@@ -2,12 +2,25 @@
 
 import ast
 import hashlib
+import json
 import operator
+import sys
 
+import pyarrow.parquet
 import pytest
 
-from rewards import UserError
-from tasks import TASKS, Example, arithmetic, as_chat, find_task, load_task, shows_working
+from rewards import UserError, answer_exact, answer_format, answer_last
+from tasks import (
+    TASKS,
+    Example,
+    aimo_example,
+    arithmetic,
+    find_task,
+    gsm8k_example,
+    load_task,
+    pose,
+    shows_working,
+)
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 
@@ -157,10 +170,124 @@ def test_chat_examples_ask_for_the_answer_in_tags():
     assert message["role"] == "user"
     assert message["content"].startswith(before.prompt) and "<answer>" in message["content"]
     assert (after.columns, after.demonstrations) == (before.columns, before.demonstrations)
-    assert as_chat(task, before) == after
+    assert before.question == after.question == before.prompt
+    assert pose(task, Example(before.question, before.columns, before.demonstrations), chat=True) == after
 
 
 def test_an_unknown_task_is_named_with_those_there_are():
     with pytest.raises(UserError, match="'arithmetics'.*arithmetic"):
         find_task("arithmetics")
     assert find_task("arithmetic") is TASKS["arithmetic"]
+
+
+# --- Records from files ---------------------------------------------------------------------------------------------
+
+GSM8K = [
+    {"question": f"How many are {i} and {i}?", "answer": f"{i}+{i} = <<{i}+{i}={2 * i}>>{2 * i}\n#### {2 * i:,}"}
+    for i in range(400, 600)
+]
+
+
+def write_lines(path, records) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return str(path)
+
+
+def gold(record: dict) -> str:
+    """The answer of a GSM8K record by another way than the task's: split off the last line, drop the commas."""
+    return str(int(record["answer"].splitlines()[-1].split()[1].replace(",", "")))
+
+
+def test_all_records_of_gsm8k(shared_data):
+    """8,792 answers are the gold ones, marks are gone from the working, and our rewards accept each demonstration."""
+    count = 0
+    for name in ("train", "test"):
+        records = [json.loads(line) for line in (shared_data / "gsm8k" / f"{name}.jsonl").read_text().splitlines()]
+        examples = [gsm8k_example(record) for record in records]
+        answers = [example.columns["answer"] for example in examples]
+        texts = [example.demonstrations[0] for example in examples]
+        assert answers == [gold(record) for record in records]
+        assert all("<<" not in text and "####" not in text for text in texts)
+        assert answer_exact(None, texts, answers) == answer_format(None, texts) == [1.0] * len(records)
+        assert answer_last(None, [record["answer"] for record in records], answers) == [1.0] * len(records)
+        count += len(records)
+    assert count == 8792
+
+
+def test_gsm8k_keeps_the_test_split_for_the_end(shared_data):
+    splits = load_task(find_task("gsm8k"), chat=True, data=str(shared_data / "gsm8k"))
+    questions = {name: {example.question for example in examples} for name, examples in splits.items()}
+    assert len(questions["held_out"]) == 1319 and len(questions["validation"]) == len(splits["validation"]) > 300
+    assert len(set.union(*questions.values())) == sum(map(len, questions.values())), "no question stands in two splits"
+    again = load_task(find_task("gsm8k"), chat=True, data=str(shared_data / "gsm8k"), limit=5)
+    assert again == {name: examples[:5] for name, examples in splits.items()}
+    (message,) = splits["train"][0].prompt
+    assert message["content"].startswith(splits["train"][0].question) and "<answer>" in message["content"]
+    plain = load_task(find_task("gsm8k"), chat=False, data=str(shared_data / "gsm8k"), limit=1)["train"][0].prompt
+    assert plain == message["content"] + "\n"
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl", "parquet"])
+def test_a_file_is_split_by_itself(tmp_path, kind):
+    path = tmp_path / f"records.{kind}"
+    if kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(GSM8K), path)
+    elif kind == "json":
+        path.write_text(json.dumps(GSM8K))
+    else:
+        write_lines(path, GSM8K)
+    splits = find_task("gsm8k").load(data=str(path))
+    assert {name: len(examples) for name, examples in splits.items()} == {
+        "train": 171, "validation": 9, "held_out": 20,
+    }  # fmt: skip
+    shuffled = write_lines(tmp_path / "other.jsonl", GSM8K[::-1] + GSM8K[:7])
+    assert find_task("gsm8k").load(data=shuffled) == splits, "order and repeats change nothing"
+
+
+@pytest.mark.parametrize(
+    ("given", "answer"), [("025", "25"), ("142.0", "142"), (142.0, "142"), (7, "7"), ("1,080", "1080")]
+)
+def test_answers_of_aime_and_amc(given, answer):
+    assert aimo_example({"problem": "p", "answer": given, "id": 3}).columns == {"answer": answer}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", ["line 1", "no JSON"]),
+        ('{"question": "q"}\n', ["record 1", "lacks 'answer'", "its fields are question"]),
+        ('{"question": "q", "answer": "7"}\n', ["record 1", "#### N"]),
+        ('{"question": "q", "answer": 7}\n', ["record 1"]),
+        ('{"question": "q", "answer": "#### seven"}\n', ["record 1", "#### N"]),
+        ('{"question": 3, "answer": "#### 7"}\n', ["record 1", "no question"]),
+        ('{"question": " ", "answer": "#### 7"}\n', ["record 1", "no question"]),
+        ("[1]\n", ["record 1", "no object"]),
+        ("", ["too few records"]),
+        ('{"question": "q", "answer": "#### 7"}\n', ["too few records"]),
+        ("[" * 100_000, ["line 1", "no JSON"]),
+    ],
+)
+def test_a_damaged_file_is_named_with_the_record(tmp_path, text, words):
+    (tmp_path / "records.jsonl").write_text(text)
+    with pytest.raises(UserError) as caught:
+        find_task("gsm8k").load(data=str(tmp_path / "records.jsonl"))
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_what_cannot_be_read_says_what_to_do(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="no file.*give a .json"):
+        find_task("gsm8k").load(data=str(tmp_path / "nothing.jsonl"))
+    with pytest.raises(UserError, match="holds no train.jsonl"):
+        find_task("gsm8k").load(data=str(tmp_path))
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 not really")
+    with pytest.raises(UserError, match="a.parquet cannot be read"):
+        find_task("gsm8k").load(data=str(tmp_path / "a.parquet"))
+    with pytest.raises(UserError, match="openai/gsm8k cannot be read from the hub.*--data"):
+        find_task("gsm8k").load()  # tests run without the network
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match="pip install datasets.*--data"):
+        find_task("gsm8k").load()
+    with pytest.raises(UserError, match="--data: task arithmetic has no such setting"):
+        load_task(find_task("arithmetic"), chat=False, data="x", limit=None)
+    with pytest.raises(UserError, match="--worked: task gsm8k"):
+        load_task(find_task("gsm8k"), chat=False, worked=0.5)

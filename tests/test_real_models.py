@@ -1,0 +1,288 @@
+"""Checkpoints that `transformers` writes, of the kinds that users have: the same logits, decoding and gradients."""
+
+import json
+import sys
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+import grpo
+import inference
+import sft
+from inference import load
+from model_toy import HubModel, Llama
+from rewards import UserError
+from tasks import Example
+
+CPU = torch.device("cpu")
+TEXT = ["What is 17 times 3? Natalia sold clips to 48 of her friends.", "The answer is 51. 0123456789 abc xyz"]
+EXAMPLES = [Example("What is 17 times 3?"), Example("Natalia"), Example("How many clips did she sell?")]
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES |= {"num_key_value_heads": 2, "max_position_embeddings": 1024}
+SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+SCALED |= {"original_max_position_embeddings": 16, "rope_theta": 500.0}
+KINDS = {  # name: configuration class, its settings, whether `Llama` computes it
+    "llama": ("LlamaConfig", SIZES, True),
+    "llama3": ("LlamaConfig", SIZES | {"rope_parameters": SCALED, "tie_word_embeddings": True}, True),
+    "qwen2": ("Qwen2Config", SIZES | {"tie_word_embeddings": True}, True),
+    "qwen2-untied": ("Qwen2Config", SIZES, True),
+    "llama-biased": ("LlamaConfig", SIZES | {"attention_bias": True}, False),
+    "phi3": ("Phi3Config", SIZES | {"pad_token_id": 0}, False),
+    "gemma2": ("Gemma2Config", SIZES | {"head_dim": 8, "sliding_window": 8}, False),
+    "qwen3": ("Qwen3Config", SIZES | {"head_dim": 16}, False),
+    "gpt2": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 1024}, False),
+}
+
+
+def byte_tokenizer(bos: bool = False, texts=TEXT, size: int = 300) -> PreTrainedTokenizerFast:
+    """A byte-level BPE as the hub's models have, trained on texts; no pad token unless it is set."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_end|>", "<|bos|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=alphabet)
+    )
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 2)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|endoftext|>", clean_up_tokenization_spaces=False
+    )
+
+
+def write_checkpoint(folder, kind: str, shard: str = "5GB", seed: int = 0, **more):
+    """What `transformers` writes for a small random model of this kind; returns that model."""
+    name, settings, _ = KINDS[kind]
+    tokenizer = byte_tokenizer()
+    torch.manual_seed(seed)
+    config = getattr(transformers, name)(
+        **{"vocab_size": 304, "eos_token_id": 0, "bos_token_id": None} | settings | more
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.2 * torch.randn(weight.shape)
+    model.save_pretrained(folder, max_shard_size=shard)
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def pair(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    reference = write_checkpoint(folder, request.param)
+    policy = load(folder, CPU)
+    assert isinstance(policy.model, Llama if KINDS[request.param][2] else HubModel)
+    return policy, reference
+
+
+def reference_logp(model, rollout, temperature: float) -> torch.Tensor:
+    """Log-probabilities (B, T) by `transformers`, a row at a time, without padding or cache."""
+    logp = torch.zeros(rollout.actions.shape)
+    for row, group in enumerate(rollout.group.tolist()):
+        prompt = rollout.prompts[group][rollout.prompt_mask[group]]
+        completion = rollout.actions[row][rollout.mask[row]]
+        logits = model(input_ids=torch.cat([prompt, completion])[None]).logits[0, len(prompt) - 1 : -1]
+        picked = (logits / temperature).log_softmax(-1).gather(1, completion[:, None])[:, 0]
+        logp[row, : len(completion)] = picked
+    return logp
+
+
+def test_sampler_and_scorer_are_transformers(pair):
+    """Cached decoding of left-padded prompts, groups and dropped rows; the scorer with the prompt shared and not."""
+    policy, reference = pair
+    policy.end_ids = list(range(40))  # so that rows end at different lengths
+    rollout = policy.sample(EXAMPLES, 4, (0, 0, 0), 16)
+    lengths = rollout.mask.sum(1)
+    assert lengths.min() < lengths.max() and not rollout.prompt_mask.all()
+    with torch.no_grad():
+        expected = reference_logp(reference, rollout, 1.0)
+        for share in (True, False):
+            torch.testing.assert_close(policy.log_probs(rollout, share)[0], expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(rollout.sampler_logp, expected, rtol=0, atol=2e-5)
+
+
+def test_gradients_are_transformers(pair):
+    """With and without checkpointing, shared prompts and chunked logits: a relative 1e-4 for every parameter."""
+    policy, reference = pair
+    rollout = policy.sample(EXAMPLES, 2, (0, 0, 0), 8)
+    weights = torch.randn(rollout.mask.shape, generator=torch.Generator().manual_seed(0))
+    reference.zero_grad()
+    (reference_logp(reference, rollout, 1.0) * weights).sum().backward()
+    wanted = {name: weight.grad for name, weight in reference.named_parameters()}
+    for checkpointing, chunk in ((False, 2**24), (True, 2**24), (False, 3 * 304)):
+        policy.model.checkpointing, policy.chunk_logits = checkpointing, chunk
+        policy.model.zero_grad()
+        (policy.log_probs(rollout)[0] * weights).sum().backward()
+        inner = policy.model.model if isinstance(policy.model, HubModel) else policy.model
+        found = dict(inner.named_parameters())
+        assert found.keys() == wanted.keys()
+        for name, gradient in wanted.items():
+            assert (found[name].grad - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6, (name, checkpointing, chunk)
+    policy.model.checkpointing, policy.chunk_logits = False, 2**24
+
+
+def test_a_saved_policy_opens_in_transformers_and_here_again(pair, tmp_path):
+    policy, reference = pair
+    inference.save(policy, tmp_path)
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, reference(ids).logits, rtol=0, atol=1e-5)
+    assert AutoTokenizer.from_pretrained(tmp_path)("What is 17")["input_ids"] == policy.encode(["What is 17"])[0]
+    assert type(load(tmp_path, CPU).model) is type(policy.model)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_shards_and_half_precision_files(tmp_path, kind):
+    reference = write_checkpoint(tmp_path, kind, shard="40KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1 and not (tmp_path / "model.safetensors").exists()
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    with torch.no_grad():
+        policy = load(tmp_path, CPU)
+        logits = policy.model.logits(policy.model(ids, torch.arange(5)[None]))
+        torch.testing.assert_close(logits, reference(ids).logits, rtol=0, atol=1e-5)
+    reference.to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    byte_tokenizer().save_pretrained(tmp_path / "half")
+    assert {weight.dtype for weight in load(tmp_path / "half", CPU).model.parameters()} == {torch.float32}
+
+
+def test_a_shard_that_is_missing_or_elsewhere_is_named(tmp_path):
+    write_checkpoint(tmp_path, "llama", shard="40KB")
+    index = tmp_path / "model.safetensors.index.json"
+    values = json.loads(index.read_text())
+    first = next(iter(values["weight_map"]))
+    index.write_text(json.dumps(values | {"weight_map": values["weight_map"] | {first: "../elsewhere.safetensors"}}))
+    with pytest.raises(UserError, match="names no files beside it"):
+        load(tmp_path, CPU)
+    index.write_text(json.dumps(values))
+    next(tmp_path.glob("model-*.safetensors")).unlink()
+    with pytest.raises(UserError, match="model-0000.*cannot be read"):
+        load(tmp_path, CPU)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"), [("MambaConfig", "recurrent"), ("T5Config", "transformers: "), ("BertModel", "model_type")]
+)
+def test_models_that_cannot_be_used_are_refused_by_name(tmp_path, kind, words):
+    if kind == "BertModel":
+        (tmp_path / "config.json").write_text('{"model_type": "no_such_thing"}')
+        (tmp_path / "model.safetensors").write_bytes(b"")
+    else:
+        sizes = {"hidden_size": 32, "num_hidden_layers": 1, "d_model": 32, "num_layers": 1, "d_ff": 32, "d_kv": 8}
+        config = getattr(transformers, kind)(vocab_size=304, **sizes)
+        auto = AutoModelForCausalLM if kind == "MambaConfig" else transformers.AutoModelForSeq2SeqLM
+        auto.from_config(config).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=words):
+        load(tmp_path, CPU)
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path):
+    write_checkpoint(tmp_path, "gpt2")
+    values = json.loads((tmp_path / "config.json").read_text())
+    values |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine", "AutoModelForCausalLM": "mine.Mine"}}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(UserError):
+        load(tmp_path, CPU)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_questions_that_do_not_fit_are_left_out_or_named(tmp_path, capsys):
+    write_checkpoint(tmp_path, "gpt2", n_positions=24)
+    policy = load(tmp_path, CPU)
+    short, long = Example("What is 17"), Example("What is 17 times 3? " * 10)
+    assert policy.fitting({"train": [short, long, short]}, 8) == {"train": [short, short]}
+    assert "train: 1 of 3 left out" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--max-new-tokens is 8"):
+        policy.fitting({"train": [long]}, 8)
+    with pytest.raises(UserError, match="do not fit into the model's 24"):
+        policy.sample([long], 1, (0, 0, 0), 8)
+    assert policy.sample([short], 1, (0, 0, 0), 8).actions.shape[1] <= 8
+
+
+def test_weights_that_are_missing_are_not_left_at_random(tmp_path):
+    write_checkpoint(tmp_path, "gpt2")
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["transformer.h.1.mlp.c_fc.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="no fitting weights for transformer.h.1.mlp.c_fc.weight"):
+        load(tmp_path, CPU)
+
+
+def test_end_tokens_are_those_of_config_generation_config_and_tokenizer(tmp_path):
+    write_checkpoint(tmp_path, "qwen2", eos_token_id=[0, 7])
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 0], "temperature": 0.7}')
+    policy = load(tmp_path, CPU)
+    assert policy.end_ids == [0, 1, 7] and policy.pad_id == policy.tokenizer.eos_token_id == 0
+
+
+def test_a_bos_is_added_to_plain_prompts_once_and_left_to_the_chat_template(tmp_path):
+    write_checkpoint(tmp_path, "llama")
+    tokenizer = byte_tokenizer(bos=True)
+    tokenizer.save_pretrained(tmp_path)
+    plain = load(tmp_path, CPU)
+    (ids,) = plain.encode(["What is 17"])
+    assert ids[0] == 2 and ids.count(2) == 1 and not plain.chat
+    tokenizer.chat_template = "<|bos|>{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|im_end|>{% endfor %}"
+    tokenizer.save_pretrained(tmp_path)
+    chat = load(tmp_path, CPU)
+    (ids,) = chat.encode([[{"role": "user", "content": "What is 17"}]])
+    assert ids[0] == 2 and ids.count(2) == 1 and chat.chat
+    assert chat.tokenizer.decode(ids) == "<|bos|>user: What is 17<|im_end|>"
+
+
+# --- The commands ---------------------------------------------------------------------------------------------------
+
+CHATML = (
+    "{% for m in messages %}<|im_end|>{{ m['role'] }}\n{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_end|>assistant\n{% endif %}"
+)
+
+
+def command(monkeypatch, module, *words) -> None:
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, words)])
+    monkeypatch.setattr(inference.signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as stopped:
+        inference.run_main(module.main)
+    assert not stopped.value.code
+
+
+@pytest.mark.parametrize(
+    ("kind", "chat", "flags"),
+    [
+        ("qwen2", True, ["--dtype", "bfloat16", "--gradient-checkpointing"]),
+        ("llama3", False, ["--algorithm", "dapo", "--max-resample", "1"]),
+        ("phi3", True, ["--algorithm", "pairwise", "--gradient-checkpointing"]),
+        ("gpt2", False, ["--dtype", "bfloat16", "--exploration-noise", "0.1"]),
+    ],
+)
+def test_gsm8k_end_to_end(shared_data, tmp_path, monkeypatch, capsys, kind, chat, flags):
+    """Fine-tune, train, resume, evaluate, ask, open in `transformers`, on the real records."""
+    base, run = tmp_path / "base", tmp_path / "run"
+    write_checkpoint(base, kind, vocab_size=1024)
+    lines = (shared_data / "gsm8k" / "train.jsonl").read_text().splitlines()[:500]
+    tokenizer = byte_tokenizer(texts=lines, size=1000)
+    tokenizer.chat_template = CHATML if chat else None
+    tokenizer.save_pretrained(base)
+    data = ["--task", "gsm8k", "--data", shared_data / "gsm8k", "--limit", 8]
+    command(monkeypatch, sft, *data, "--model", base, "--out", tmp_path / "sft", "--epochs", 0.5, "--batch-size", 2)
+    small = ["--batch-size", 2, "--num-generations", 2, "--max-new-tokens", 12, "--eval-every", 2, "--save-every", 1]
+    small += ["--learning-rate", 1e-5]
+    command(monkeypatch, grpo, *data, "--model", tmp_path / "sft", "--out", run, *small, "--steps", 2, *flags)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    assert lines[1]["sampler_gap"] < (0.2 if "bfloat16" in flags else 1e-4) and lines[1]["ratio_max"] == 1
+    command(monkeypatch, grpo, "--out", run, "--resume", "--steps", 3)
+    assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 3
+    capsys.readouterr()
+    command(monkeypatch, inference, "--eval", *data[:4], "--limit", 4, "--model", base, run, "--max-new-tokens", 8)
+    assert "lenient" in capsys.readouterr().out
+    command(monkeypatch, inference, "What is 17 times 3?", "--task", "gsm8k", "--model", run, "--max-new-tokens", 8)
+    assert AutoModelForCausalLM.from_pretrained(run).config.model_type == KINDS[kind][0].removesuffix("Config").lower()
+    assert AutoTokenizer.from_pretrained(run).chat_template == (CHATML if chat else None)
