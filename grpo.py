@@ -502,8 +502,9 @@ def prepare(config: GRPOConfig) -> Run:
         start_run(config.out, settings, config.overwrite, algorithm=dataclasses.asdict(algorithm))
     if policy is None:
         if not config.resume or not (out / "base" / "model.safetensors").exists():
-            base = {"task": config.task, "seed": config.seed, "device": config.device, "overwrite": True}
-            sft.train(sft.SFTConfig(out=str(out / "base"), **base))
+            begun = config.resume and (out / "base" / "resume" / "latest").exists()
+            base = {"task": config.task, "seed": config.seed, "device": config.device}
+            sft.train(sft.SFTConfig(out=str(out / "base"), **base, resume=begun, overwrite=True))
         policy = load(out / "base", device, config.dtype, **sampling)
     policy.model.checkpointing = config.gradient_checkpointing
     data = load_task(task, policy.chat, data=config.data, limit=config.limit)

@@ -665,7 +665,8 @@ def load_state(
                 if not state["state"][i]["exp_avg"].shape == state["state"][i]["exp_avg_sq"].shape == weight.shape:
                     raise ValueError(f"the moments of {name} have the wrong shape")
         optimizer.load_state_dict(state)
-        kept = {name: lines_until(out / name, values.step) for name in ("metrics.jsonl", "samples.jsonl")}
+        logs = [name for name in ("metrics.jsonl", "samples.jsonl") if (out / name).exists()]
+        kept = {name: lines_until(out / name, values.step) for name in logs}
     except (KeyError, TypeError, ValueError, OSError) as error:
         raise UserError(f"--resume: the state in {out} is damaged ({error}); use --overwrite to start again") from error
     for name, text in kept.items():

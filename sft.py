@@ -8,6 +8,9 @@ change it.
 """
 
 import dataclasses
+import itertools
+import shutil
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,27 +21,38 @@ import torch
 from tqdm import tqdm
 
 from inference import (
+    Interrupt,
     Rollout,
     TokenPolicy,
     append_json,
     check_dtype,
     choose_device,
+    continue_command,
     evaluate,
     load,
+    load_state,
     micro_batches,
     option,
     out_of_memory,
-    parser_for,
+    parse_settings,
     require_numbers,
     results_table,
     run_main,
     save,
+    save_state,
     start_run,
     write_json,
 )
 from model_toy import Llama, LlamaConfig, character_tokenizer
 from rewards import UserError
-from tasks import find_task, load_task
+from tasks import Example, find_task, load_task
+
+
+@dataclass
+class Progress:
+    """Where a run stands, besides weights and optimizer."""
+
+    step: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,11 +77,24 @@ class SFTConfig:
     data: str | None = option(None, "File or folder with the task's records. Default: the hub's.")
     limit: int | None = option(None, "Take at most so many records for each split.")
     dtype: str = option("float32", "Matrix products in float32 or bfloat16; the weights that learn stay in float32.")
+    gradient_checkpointing: bool = option(False, "Less memory: compute activations again in the backward pass.")
+    eval_every: int = option(1000, "Measure the loss on up to 500 validation demonstrations every so many steps.")
+    save_every: int = option(1000, "Save the state to resume from every so many steps.")
+    resume: bool = option(False, "Continue the run in --out from its newest saved state.")
     overwrite: bool = option(False, "Replace the run that --out holds.")
 
     def __post_init__(self):
         require_numbers(
-            self, "epochs", "batch_size", "micro_batch_tokens", "learning_rate", "clip_grad_norm", "copies", "limit"
+            self,
+            "epochs",
+            "batch_size",
+            "micro_batch_tokens",
+            "learning_rate",
+            "clip_grad_norm",
+            "copies",
+            "limit",
+            "eval_every",
+            "save_every",
         )
         check_dtype(self.dtype)
         for name in ("worked", "wrong"):
@@ -99,15 +126,31 @@ def batches(count: int, size: int, steps: int, seed: int) -> Iterator[np.ndarray
         order = order[size:]
 
 
-def cross_entropy_backward(policy: TokenPolicy, rollout: Rollout, token_budget: int) -> float:
-    """Accumulate the gradient of the mean -log pi over the batch's completion tokens, and return the loss in nats."""
+def cross_entropy(policy: TokenPolicy, rollout: Rollout, token_budget: int, learn: bool) -> float:
+    """The mean of -log pi over the batch's completion tokens, in nats; with `learn` its gradient is accumulated."""
     tokens, total = rollout.mask.sum(), 0.0
-    for rows in micro_batches(rollout, token_budget):
-        logp, _ = policy.log_probs(rollout.select(rows))
-        loss = -logp.sum() / tokens
-        loss.backward()
-        total += loss.item()
+    with torch.set_grad_enabled(learn):
+        for rows in micro_batches(rollout, token_budget):
+            logp, _ = policy.log_probs(rollout.select(rows))
+            loss = -logp.sum() / tokens
+            if learn:
+                loss.backward()
+            total += loss.item()
     return total
+
+
+def tokenize(policy: TokenPolicy, examples: list[Example]) -> tuple[list[list[int]], list[list[int]], list[str]]:
+    """Prompt ids, completion ids with the end token, and texts of all demonstrations that fit; says how many do not."""
+    pairs = [(example.prompt, text) for example in examples for text in example.demonstrations]
+    prompts = policy.encode([prompt for prompt, _ in pairs])
+    texts, end = [text for _, text in pairs], policy.tokenizer.eos_token_id
+    ids = policy.tokenizer(texts, add_special_tokens=False).input_ids if texts else []
+    rows = list(zip(prompts, [row + [end] for row in ids], texts, strict=True))
+    room = policy.model.config.max_position_embeddings
+    kept = [row for row in rows if len(row[0]) + len(row[1]) <= room]
+    if len(kept) < len(rows):
+        print(f"left out {len(rows) - len(kept)} of {len(rows)} demonstrations of more than {room} tokens")
+    return tuple(map(list, zip(*kept, strict=True))) if kept else ([], [], [])
 
 
 def train(config: SFTConfig) -> TokenPolicy:
@@ -119,53 +162,78 @@ def train(config: SFTConfig) -> TokenPolicy:
     settings = {"worked": config.worked, "wrong": config.wrong, "copies": config.copies}
     settings |= {"data": config.data, "limit": config.limit}
     data = load_task(task, policy is not None and policy.chat, **settings)
-    pairs = [(example.prompt, text) for example in data["train"] for text in example.demonstrations]
-    if not pairs:
-        raise UserError(f"--task {task.name} has no demonstrations to learn from; take another task or other --data")
     if policy is None:
-        policy = new_policy([text for pair in pairs for text in pair], config.seed, device)
-    out = start_run(config.out, dataclasses.asdict(config), config.overwrite)
-    prompts = policy.encode([prompt for prompt, _ in pairs])
-    end = policy.tokenizer.eos_token_id
-    completions = [
-        ids + [end] for ids in policy.tokenizer([text for _, text in pairs], add_special_tokens=False).input_ids
-    ]
+        texts = [text for example in data["train"] for text in (example.prompt, *example.demonstrations)]
+        policy = new_policy(texts, config.seed, device)
+    policy.model.checkpointing = config.gradient_checkpointing
+    train = tokenize(policy, data["train"])
+    validation = [column[:500] for column in tokenize(policy, data["validation"])]
+    if not train[0] or not validation[0]:
+        raise UserError(f"--task {task.name} has no demonstrations that fit the model; take other --data or a --model")
+    out = Path(config.out)
+    if not config.resume:
+        start_run(config.out, dataclasses.asdict(config), config.overwrite)
 
-    room = policy.model.config.max_position_embeddings
-    fits = [len(prompt) + len(completion) <= room for prompt, completion in zip(prompts, completions, strict=True)]
-    if not all(fits):
-        print(f"left out {len(fits) - sum(fits)} of {len(fits)} demonstrations of more than {room} tokens")
-        columns = pairs, prompts, completions
-        pairs, prompts, completions = ([x for x, fit in zip(column, fits, strict=True) if fit] for column in columns)
-    if not pairs:
-        raise UserError(f"--model: no demonstration fits into its {room} tokens; take a model that reads longer texts")
-
-    steps = max(1, round(config.epochs * len(pairs) / config.batch_size))
+    steering = policy.pack(*validation)
+    steps = max(1, round(config.epochs * len(train[0]) / config.batch_size))
     parameters = list(policy.model.parameters())
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)
-    bar = tqdm(batches(len(pairs), config.batch_size, steps, config.seed), "sft", total=steps, unit="step")
+    progress = Progress()
+    if config.resume and (out / "resume").exists():
+        progress = load_state(out, policy.model, optimizer, Progress)
+    else:
+        (out / "metrics.jsonl").unlink(missing_ok=True)  # of a run that stopped before its first state
+    rest = itertools.islice(batches(len(train[0]), config.batch_size, steps, config.seed), progress.step, None)
+    bar = tqdm(desc="sft", initial=progress.step, total=steps, unit="step")
     start, tokens = time.perf_counter(), 0
-    for step, rows in enumerate(bar, 1):
-        batch = policy.pack(*([column[i] for i in rows] for column in (prompts, completions, [t for _, t in pairs])))
-        optimizer.param_groups[0]["lr"] = learning_rate_at(config, step, steps)
-        with out_of_memory("--micro-batch-tokens"):
-            loss = cross_entropy_backward(policy, batch, config.micro_batch_tokens)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip_grad_norm).item()
-        if not np.isfinite(norm + loss):
-            raise UserError(f"step {step}: loss {loss} or gradient {norm} is not finite; lower --learning-rate")
-        optimizer.step()
-        optimizer.zero_grad()
-        tokens += int(batch.mask.sum())
-        rate = tokens / (time.perf_counter() - start)
-        bar.set_postfix({"loss": f"{loss:.3f}", "tok/s": f"{rate:.0f}"}, refresh=False)
-        metrics = {"step": step, "loss": loss, "grad_norm": norm, "learning_rate": optimizer.param_groups[0]["lr"]}
-        append_json(out / "metrics.jsonl", metrics | {"tokens_per_second": rate})
+    with bar, Interrupt() as interrupt:
+        for rows in rest:
+            progress.step += 1
+            batch = policy.pack(*([column[i] for i in rows] for column in train))
+            optimizer.param_groups[0]["lr"] = learning_rate_at(config, progress.step, steps)
+            with out_of_memory("--micro-batch-tokens"):
+                loss = cross_entropy(policy, batch, config.micro_batch_tokens, learn=True)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip_grad_norm).item()
+            if not np.isfinite(norm + loss):
+                what = f"step {progress.step}: loss {loss} or gradient {norm} is not finite"
+                raise UserError(f"{what}; lower --learning-rate")
+            optimizer.step()
+            optimizer.zero_grad()
+            tokens += int(batch.mask.sum())
+            rate = tokens / (time.perf_counter() - start)
+            metrics = {"step": progress.step, "loss": loss, "grad_norm": norm, "tokens_per_second": rate}
+            metrics["learning_rate"] = optimizer.param_groups[0]["lr"]
+            if progress.step % config.eval_every == 0 or progress.step == steps:
+                metrics["validation_loss"] = cross_entropy(policy, steering, config.micro_batch_tokens, learn=False)
+                bar.write(f"step {progress.step}: validation loss {metrics['validation_loss']:.4f} nats per token")
+            append_json(out / "metrics.jsonl", metrics)
+            if progress.step % config.save_every == 0 or interrupt.signal:
+                save_state(out, progress.step, policy.model, optimizer, dataclasses.asdict(progress))
+            bar.set_postfix({"loss": f"{loss:.3f}", "tok/s": f"{rate:.0f}"}, refresh=False)
+            bar.update()
+            if interrupt.signal:
+                print(f"saved after step {progress.step}; continue with: {continue_command()}", file=sys.stderr)
+                sys.exit(128 + interrupt.signal)
     save(policy, out)
+    shutil.rmtree(out / "resume", ignore_errors=True)  # the run is over; its schedule has come to 0
     return policy
 
 
+# What --resume may change; everything else is part of what the run is.
+MAY_CHANGE = {
+    "out",
+    "resume",
+    "overwrite",
+    "device",
+    "eval_every",
+    "save_every",
+    "micro_batch_tokens",
+    "clip_grad_norm",
+}
+
+
 def main() -> None:
-    config = SFTConfig(**vars(parser_for(SFTConfig, "Supervised fine-tuning on a task's demonstrations.").parse_args()))
+    config = parse_settings(SFTConfig, "Supervised fine-tuning on a task's demonstrations.", MAY_CHANGE)
     policy, task = train(config), find_task(config.task)
     held_out = load_task(task, policy.chat, data=config.data, limit=config.limit)["held_out"]
     result = evaluate(policy, task, held_out, task.max_new_tokens, samples=4)
@@ -175,4 +243,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, resumable=True)

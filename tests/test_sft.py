@@ -14,7 +14,7 @@ import sft
 import tasks
 from inference import load
 from rewards import UserError
-from sft import SFTConfig, batches, cross_entropy_backward, learning_rate_at, new_policy
+from sft import SFTConfig, batches, cross_entropy, learning_rate_at, new_policy
 
 ROOT = Path(sft.__file__).parent
 TEXTS = [("What is (4 - 9) * 6?", "4-9=-5;-5*6=-30<answer>-30</answer>"), ("What is 1?", "<answer>1</answer>")]
@@ -29,7 +29,7 @@ def packed(policy):
 @pytest.mark.parametrize("token_budget", [10_000, 1])
 def test_loss_is_the_cross_entropy_of_completion_and_end_tokens_only(token_budget):
     policy = new_policy([text for pair in TEXTS for text in pair], seed=0, device=torch.device("cpu"))
-    loss = cross_entropy_backward(policy, packed(policy), token_budget)
+    loss = cross_entropy(policy, packed(policy), token_budget, learn=True)
     gradients = [p.grad.clone() for p in policy.model.parameters()]
 
     policy.model.zero_grad()
@@ -64,8 +64,12 @@ def test_batches_are_shuffled_passes_over_all_rows():
 @pytest.fixture
 def few_problems(monkeypatch):
     task = tasks.TASKS["arithmetic"]
-    few = dataclasses.replace(task, load=lambda **kw: {"train": task.load(**kw)["train"][:16]})
-    monkeypatch.setitem(tasks.TASKS, "arithmetic", few)
+
+    def load(**settings):
+        examples = task.load(**settings)["train"][:16]
+        return {"train": examples, "validation": examples[:4]}  # the same characters, so nothing is unknown
+
+    monkeypatch.setitem(tasks.TASKS, "arithmetic", dataclasses.replace(task, load=load))
 
 
 def test_training_learns_its_demonstrations_and_is_bitwise_repeatable(few_problems, tmp_path):
@@ -87,6 +91,50 @@ def test_a_checkpoint_can_be_trained_further(few_problems, tmp_path):
     more = dataclasses.replace(first, model=first.out, out=str(tmp_path / "b"), learning_rate=1e-9)
     for a, b in zip(policy.model.parameters(), sft.train(more).model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def weights_of(policy) -> list[torch.Tensor]:
+    return [weight.detach() for weight in policy.model.parameters()]
+
+
+def test_a_resumed_run_is_bitwise_equal_to_the_one_not_interrupted(few_problems, tmp_path, monkeypatch):
+    config = SFTConfig(out=str(tmp_path / "whole"), copies=2, epochs=3, batch_size=8, save_every=3, eval_every=4)
+    whole = weights_of(sft.train(config))
+    step = sft.cross_entropy
+    count = iter(range(100))
+
+    def die(*arguments, **more):
+        if next(count) == 8:
+            raise KeyboardInterrupt  # a crash after the state of step 6
+        return step(*arguments, **more)
+
+    monkeypatch.setattr(sft, "cross_entropy", die)
+    cut = dataclasses.replace(config, out=str(tmp_path / "cut"))
+    with pytest.raises(KeyboardInterrupt):
+        sft.train(cut)
+    monkeypatch.setattr(sft, "cross_entropy", step)
+    assert (tmp_path / "cut" / "resume" / "latest").read_text() == "000006"
+    resumed = weights_of(sft.train(dataclasses.replace(cut, resume=True)))
+    assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
+    logs = [
+        [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in path.read_text().splitlines()]
+        for path in (tmp_path / "whole" / "metrics.jsonl", tmp_path / "cut" / "metrics.jsonl")
+    ]
+    assert logs[0] == logs[1] and [line["step"] for line in logs[0]] == list(range(1, 13))
+    assert [line["step"] for line in logs[0] if "validation_loss" in line] == [4, 8, 12]
+    assert not (tmp_path / "cut" / "resume").exists(), "a finished run has no state to continue from"
+
+
+def test_the_validation_loss_is_the_cross_entropy_of_the_validation_problems(few_problems, tmp_path):
+    policy = sft.train(SFTConfig(out=str(tmp_path / "a"), copies=1, epochs=1, batch_size=8, eval_every=100))
+    line = json.loads((tmp_path / "a" / "metrics.jsonl").read_text().splitlines()[-1])
+    examples = tasks.find_task("arithmetic").load(copies=1)["validation"]
+    total = count = 0
+    for example in examples:
+        rollout = policy.pack(*sft.tokenize(policy, [example]))
+        total -= policy.log_probs(rollout)[0].sum().item()
+        count += int(rollout.mask.sum())
+    assert line["validation_loss"] == pytest.approx(total / count, rel=1e-5)
 
 
 @pytest.mark.parametrize(
