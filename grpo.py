@@ -54,6 +54,7 @@ from inference import (
     option,
     out_of_memory,
     parse_settings,
+    plan,
     printable,
     read_json,
     require_numbers,
@@ -165,6 +166,7 @@ class GRPOConfig:
     save_every: int = option(10, "Save the state to resume from every so many steps.")
     resume: bool = option(False, "Continue the run in --out from its newest saved state.")
     overwrite: bool = option(False, "Replace the run that --out holds.")
+    dry_run: bool = option(False, "Say what a step will need in memory and work, and stop.")
 
     def __post_init__(self):
         if self.num_generations < 2:
@@ -684,13 +686,34 @@ def report(run: Run) -> None:
 
 # What --resume may change; everything else is part of what the run is.
 MAY_CHANGE = {
-    *("out", "resume", "overwrite", "device", "steps", "eval_every", "save_every", "patience", "kl_limit"),
+    *("out", "resume", "overwrite", "dry_run", "device", "steps", "eval_every", "save_every", "patience", "kl_limit"),
     *("learning_rate", "micro_batch_tokens", "clip_grad_norm"),
 }
 
 
+def dry_run(config: GRPOConfig) -> str:
+    """What a step will need, for the model, the data and the settings as they are; nothing is written."""
+    task = find_task(config.task)
+    if config.model is None:
+        raise UserError("--dry-run needs a --model to measure")
+    policy = load(config.model, choose_device(config.device), config.dtype)
+    policy.model.checkpointing = config.gradient_checkpointing
+    width = config.max_new_tokens or task.max_new_tokens
+    data = policy.fitting(load_task(task, policy.chat, data=config.data, limit=config.limit), width)
+    longest = max(map(len, policy.encode([example.prompt for example in data["train"]])))
+    estimate = plan(
+        policy, config.batch_size * config.num_generations, config.batch_size, longest, width,
+        micro_batch_tokens=config.micro_batch_tokens, inner_updates=config.num_inner_updates,
+        reference=config.resolved_algorithm.beta > 0,
+    )  # fmt: skip
+    return estimate.table()
+
+
 def main() -> None:
     config = parse_settings(GRPOConfig, "Train a policy with GRPO.", MAY_CHANGE)
+    if config.dry_run:
+        print(dry_run(config))
+        return
     start = time.perf_counter()
     report(train(config))
     print(f"{time.perf_counter() - start:.0f} s in all")

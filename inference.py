@@ -694,6 +694,75 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a training step needs, estimated: bytes by part with the flag that lowers them, and operations."""
+
+    parts: dict[str, tuple[float, str]]  # name: bytes, the flag that lowers it
+    operations: float
+    device_bytes: float | None  # what the device has free, or None where it does not say
+
+    @property
+    def peak(self) -> float:
+        """Bytes at the larger of the two moments: sampling (cache) and update (gradients, activations, logits)."""
+        size = {name: number for name, (number, _) in self.parts.items()}
+        kept = size["weights"] + size["optimizer"] + size["reference"]
+        return kept + max(size["cache"], size["gradients"] + size["activations"] + size["logits"])
+
+    def table(self) -> str:
+        lines = [f"{name:<12} {number / 1e9:8.2f} GB   {flag}" for name, (number, flag) in self.parts.items()]
+        have = "unknown" if self.device_bytes is None else f"{self.device_bytes / 1e9:.2f} GB"
+        lines += [f"{'peak, about':<12} {self.peak / 1e9:8.2f} GB   free on the device: {have}"]
+        lines += [f"{'a step':<12} {self.operations / 1e12:8.2f} tera floating-point operations at full length"]
+        if self.device_bytes is not None and self.peak > self.device_bytes:
+            _, (number, flag) = max(self.parts.items(), key=lambda part: part[1][0])
+            lines.append(f"does not fit: begin with the largest part, {flag}")
+        return "\n".join(lines)
+
+
+def plan(policy: TokenPolicy, rows: int, prompts: int, prompt_tokens: int, max_new_tokens: int, **settings) -> Plan:
+    """The memory and work of a step of `rows` completions of `prompts` prompts, at full length.
+
+    `settings`: micro_batch_tokens, inner_updates, reference (bool). Activations are counted per token and layer as what
+    the backward pass of a Llama keeps: about ten vectors of the hidden size and four of the intermediate size.
+    """
+    model, config = policy.model, policy.model.config
+    weights, low = sum(weight.numel() for weight in model.parameters()), policy.dtype != torch.float32
+    layers, hidden = config.num_hidden_layers, config.hidden_size
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = (getattr(config, "head_dim", None) or hidden // config.num_attention_heads) * heads
+    tokens = prompts * prompt_tokens + rows * max_new_tokens
+    batch = min(tokens, max(settings["micro_batch_tokens"], prompt_tokens + max_new_tokens))
+    layer = batch * (10 * hidden + 4 * inner) * (3 if low else 4)
+    activations = layers * batch * hidden * 4 + layer if model.checkpointing else layers * layer
+    logits = 4 * 4 * min(policy.chunk_logits, batch * config.vocab_size)
+    updates = (8 if model.checkpointing else 6) * settings["inner_updates"]
+    parts = {
+        "weights": (4 * weights, "a smaller --model"),
+        "optimizer": (8 * weights, "a smaller --model"),
+        "reference": ((2 if low else 4) * weights * settings["reference"], "--dtype bfloat16, or --beta 0"),
+        "cache": (
+            8 * layers * width * rows * (prompt_tokens + max_new_tokens),
+            "--batch-size, --num-generations or --max-new-tokens",
+        ),
+        "gradients": (4 * weights, "a smaller --model"),
+        "activations": (activations, "--gradient-checkpointing, then --micro-batch-tokens"),
+        "logits": (logits, "bounded by chunks"),
+    }
+    return Plan(parts, weights * tokens * (2 + 2 * settings["reference"] + updates), free_bytes(policy.device))
+
+
+def free_bytes(device: torch.device) -> float | None:
+    """Bytes that are free on a device, or None where it does not say."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    try:
+        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, OSError, ValueError):  # not Linux
+        return None
+
+
 # --- Evaluation -----------------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """Checkpoints that `transformers` writes, of the kinds that users have: the same logits, decoding and gradients."""
 
+import dataclasses
 import json
 import sys
 
@@ -286,3 +287,29 @@ def test_gsm8k_end_to_end(shared_data, tmp_path, monkeypatch, capsys, kind, chat
     command(monkeypatch, inference, "What is 17 times 3?", "--task", "gsm8k", "--model", run, "--max-new-tokens", 8)
     assert AutoModelForCausalLM.from_pretrained(run).config.model_type == KINDS[kind][0].removesuffix("Config").lower()
     assert AutoTokenizer.from_pretrained(run).chat_template == (CHATML if chat else None)
+
+
+def test_the_dry_run_counts_what_is_there_and_writes_nothing(shared_data, tmp_path, monkeypatch, capsys):
+    write_checkpoint(tmp_path / "base", "qwen2")
+    words = ["--task", "gsm8k", "--data", shared_data / "gsm8k", "--limit", 8, "--model", tmp_path / "base"]
+    monkeypatch.chdir(tmp_path)
+    command(monkeypatch, grpo, *words, "--max-new-tokens", 16, "--dry-run", "--device", "cpu")
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("weights", "activations", "logits", "--gradient-checkpointing", "peak, about"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
+    policy = load(tmp_path / "base", CPU)
+    count = sum(weight.numel() for weight in policy.model.parameters())
+    settings = {"micro_batch_tokens": 1000, "inner_updates": 2, "reference": True}
+    plan = inference.plan(policy, 8, 2, 10, 20, **settings)
+    size = {name: number for name, (number, _) in plan.parts.items()}
+    assert size["weights"] == size["gradients"] == size["reference"] == 4 * count and size["optimizer"] == 8 * count
+    rollout = policy.sample([Example("12")] * 2, 4, (0, 0, 0), 20)
+    cache = policy.model.new_cache()
+    policy.model(rollout.prompts, **policy.prompt_inputs(rollout), cache=cache)
+    token = sum(x.element_size() * x[0, :, 0].numel() for layer in cache.layers for x in layer)
+    assert size["cache"] == token * 8 * (10 + 20)
+    assert plan.operations == count * (2 * 10 + 8 * 20) * (2 + 2 + 2 * 6)
+    policy.model.checkpointing = True
+    assert inference.plan(policy, 8, 2, 10, 20, **settings).peak < plan.peak
+    small = dataclasses.replace(plan, device_bytes=plan.peak - 1)
+    assert "does not fit" in small.table() and "does not fit" not in plan.table()
