@@ -721,7 +721,7 @@ class Plan:
 
 
 def plan(policy: TokenPolicy, rows: int, prompts: int, prompt_tokens: int, max_new_tokens: int, **settings) -> Plan:
-    """The memory and work of a step of `rows` completions of `prompts` prompts, at full length.
+    """The memory and work of a step of `rows` completions of `prompts` prompts, at full length, the process aside.
 
     `settings`: micro_batch_tokens, inner_updates, reference (bool). Activations are counted per token and layer as what
     the backward pass of a Llama keeps: about ten vectors of the hidden size and four of the intermediate size.
