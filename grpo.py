@@ -482,6 +482,16 @@ class Run:
         return self.reference.model if self.config.ref_update_every else None
 
 
+def frozen(policy: TokenPolicy) -> TokenPolicy:
+    """A copy of a policy that does not learn, with weights in the dtype of its matrix products."""
+    reference = copy.copy(policy)
+    reference.model = copy.deepcopy(policy.model).requires_grad_(False)
+    for weight in reference.model.parameters():  # not the buffers: rotary frequencies need their float32
+        weight.data = weight.data.to(policy.dtype)
+    reference.model.checkpointing = False
+    return reference
+
+
 def prepare(config: GRPOConfig) -> Run:
     """Check the settings, make or load the base policy, and open the run folder, or restore it with --resume."""
     task, device, out = find_task(config.task), choose_device(config.device), Path(config.out)
@@ -513,9 +523,7 @@ def prepare(config: GRPOConfig) -> Run:
     data = policy.fitting(data, config.max_new_tokens)
     reference = None
     if algorithm.beta > 0:
-        reference = copy.copy(policy)
-        reference.model = copy.deepcopy(policy.model).requires_grad_(False).to(policy.dtype)
-        reference.model.checkpointing = False
+        reference = frozen(policy)
     optimizer = torch.optim.AdamW(policy.model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     run = Run(config, task, out, policy, reference, optimizer, data, mix, Progress())
     if config.resume and (out / "resume").exists():
@@ -523,7 +531,7 @@ def prepare(config: GRPOConfig) -> Run:
         if any(stored["settings"].get(name) != settings[name] for name in ("steps", "patience", "kl_limit")):
             run.progress.stopped = None
     else:
-        before = evaluate(policy, task, data["held_out"], config.max_new_tokens, samples=4)
+        before = measure(run, policy, "held_out", samples=4)
         write_json(out / "evaluation.json", {"base": {"step": 0, **before}})
     if config.resume:  # now that the state has turned out whole
         write_json(out / "run.json", stored | {"settings": settings})
@@ -588,7 +596,7 @@ def validate(run: Run, step: int, bar: tqdm) -> dict[str, float]:
     the policy has made up its mind.
     """
     config, progress, examples = run.config, run.progress, run.data["validation"]
-    result = evaluate(run.policy, run.task, examples, config.max_new_tokens, samples=2, seed=config.seed)
+    result = measure(run, run.policy, "validation", samples=2, seed=config.seed)
     progress.stale += 1
     if result["sampled_accuracy"] > progress.best_accuracy:
         progress.best_step, progress.best_accuracy, progress.stale = step, result["sampled_accuracy"], 0
@@ -603,6 +611,14 @@ def validate(run: Run, step: int, bar: tqdm) -> dict[str, float]:
         append_json(run.out / "samples.jsonl", line)
         bar.write(f"  {printable(example.question)}  {printable(text)}  reward {reward:.1f}")
     return {f"validation_{name}": value for name, value in result.items()}
+
+
+def measure(run: Run, policy: TokenPolicy, split: str, samples: int, seed: int = 0) -> dict[str, float]:
+    """Evaluate a policy on a split, as many rows at once as a step samples; raises UserError."""
+    config = run.config
+    rows = config.batch_size * config.num_generations
+    with out_of_memory("--batch-size, --num-generations or --max-new-tokens"):
+        return evaluate(policy, run.task, run.data[split], config.max_new_tokens, samples, seed, rows)
 
 
 def save_progress(run: Run) -> None:
@@ -664,13 +680,13 @@ def train(config: GRPOConfig) -> Run:
 def report(run: Run) -> None:
     """Evaluate on the held-out problems, print before and after, draw the figures, say what to try next."""
     config, progress, out = run.config, run.progress, run.out
-    held_out, width = run.data["held_out"], config.max_new_tokens
+    held_out = run.data["held_out"]
     results = read_json(out / "evaluation.json")
-    last = {"step": progress.step, **evaluate(run.policy, run.task, held_out, width, samples=4)}
+    last = {"step": progress.step, **measure(run, run.policy, "held_out", samples=4)}
     best = last
     if progress.best_step != progress.step:
         policy = load(out, run.policy.device, config.dtype, config.temperature)
-        best = {"step": progress.best_step, **evaluate(policy, run.task, held_out, width, samples=4)}
+        best = {"step": progress.best_step, **measure(run, policy, "held_out", samples=4)}
     results |= {"best": best, "last": last}
     write_json(out / "evaluation.json", results)
     print(f"\n{len(held_out)} held-out problems, before and after (95 % intervals):")

@@ -193,8 +193,8 @@ class TokenPolicy:
             if not isinstance(prompt, str):
                 text = self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
             ids = self.tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"]
-            unknown = self.tokenizer.unk_token_id
-            if unknown in ids and unknown is not None:
+            unknown, special = self.tokenizer.unk_token_id, {self.tokenizer.bos_token_id, *self.end_ids, self.pad_id}
+            if unknown in ids and unknown not in special | {None}:
                 encoding = self.tokenizer(text, return_offsets_mapping=True)
                 spans = zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
                 strange = sorted({text[start:end] for i, (start, end) in spans if i == unknown})
@@ -207,7 +207,7 @@ class TokenPolicy:
 
     def fitting(self, splits: dict[str, list[Example]], max_new_tokens: int) -> dict[str, list[Example]]:
         """The examples whose prompts leave room for a completion; says how many do not, raises UserError if none."""
-        room, kept = self.model.config.max_position_embeddings - max_new_tokens, {}
+        room, kept = self.model.max_length - max_new_tokens, {}
         for name, examples in splits.items():
             lengths = map(len, self.encode([example.prompt for example in examples]))
             kept[name] = [example for example, length in zip(examples, lengths, strict=True) if length <= room]
@@ -253,7 +253,7 @@ class TokenPolicy:
         FloatingPointError if the model's log-probabilities are not finite.
         """
         encoded = self.encode([example.prompt for example in examples])
-        longest, room = max(map(len, encoded)), self.model.config.max_position_embeddings
+        longest, room = max(map(len, encoded)), self.model.max_length
         if longest + max_new_tokens > room:
             what = f"a question of {longest} tokens and {max_new_tokens} more do not fit into the model's {room}"
             raise UserError(f"{what}; lower --max-new-tokens, or ask something shorter")
@@ -334,7 +334,9 @@ class TokenPolicy:
         """
 
         def score(hidden: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            distribution = log_distribution(self.model.logits(hidden), self.temperature, self.exploration_noise)
+            with self.autocast(cache_enabled=False):  # else all chunks sum their gradient in one bfloat16 copy
+                logits = self.model.logits(hidden)
+            distribution = log_distribution(logits, self.temperature, self.exploration_noise)
             with torch.no_grad():
                 entropy = torch.special.entr(distribution.exp()).sum(-1)
             return distribution.gather(1, ids[:, None])[:, 0], entropy
@@ -346,10 +348,10 @@ class TokenPolicy:
         parts = [checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks]
         return tuple(torch.cat(values) for values in zip(*parts, strict=True))
 
-    def autocast(self) -> contextlib.AbstractContextManager:
+    def autocast(self, **options) -> contextlib.AbstractContextManager:
         """Matrix products in `dtype`; weights stay as they are, and all that follows the logits is float32."""
         low = self.dtype != torch.float32
-        return torch.autocast(self.device.type, self.dtype) if low else contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype, **options) if low else contextlib.nullcontext()
 
     def prompt_inputs(self, rollout: Rollout) -> dict[str, torch.Tensor | None]:
         """Positions that count real tokens only, and the padding mask where there is padding."""
@@ -437,7 +439,8 @@ def load_weights(path: Path, model: Llama | HubModel) -> None:
     try:
         model.load_weights(weights)
     except RuntimeError as error:
-        raise UserError(f"{path} does not fit its config.json ({error}); restore the checkpoint") from error
+        first = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} does not fit its config.json ({first}); restore the checkpoint") from error
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -454,7 +457,8 @@ def save(policy: TokenPolicy, folder: Path) -> None:
     policy.tokenizer.save_pretrained(folder)
     ends = policy.end_ids if len(policy.end_ids) > 1 else policy.end_ids[0]
     ids = {"eos_token_id": ends, "pad_token_id": policy.pad_id, "bos_token_id": policy.tokenizer.bos_token_id}
-    values = policy.model.config.to_json() if isinstance(policy.model, Llama) else policy.model.config.to_dict()
+    ours = isinstance(policy.model, Llama)
+    values = policy.model.config.to_json() if ours else policy.model.model.config.to_dict()
     write_json(folder / "config.json", values | ids)
     write_json(folder / "generation_config.json", {"do_sample": True} | ids)
     save_weights(folder / "model.safetensors", policy.model)
@@ -474,7 +478,8 @@ def find_checkpoint(name: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(name), allow_patterns=kinds))
     except Exception as error:  # the hub's errors have no common base: name, network, permission, disk
-        raise UserError(f"--model: {make}; or, if it is a model of the hub: {str(error).splitlines()[0]}") from error
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"--model: {make}; or, if it is a model of the hub: {first}") from error
 
 
 def load_model(folder: Path) -> Llama | HubModel:
@@ -488,7 +493,8 @@ def load_model(folder: Path) -> Llama | HubModel:
     if not weights.is_file() and (folder / "model.safetensors.index.json").is_file():
         weights = folder / "model.safetensors.index.json"
     if not weights.is_file():
-        raise UserError(f"--model: {folder} lacks model.safetensors; restore the file or make the run again")
+        mend = "restore the file, make the run again, or convert the checkpoint to safetensors"
+        raise UserError(f"--model: {folder} lacks model.safetensors; {mend}")
     try:
         model = Llama(LlamaConfig.from_json(values))
     except (ArithmeticError, AttributeError, TypeError, ValueError, RuntimeError) as unfit:
@@ -527,7 +533,7 @@ def load_tokenizer(folder: Path, model_type: str, vocab_size: int):
             from transformers import PreTrainedTokenizerFast as Loader
         else:
             from transformers import AutoTokenizer as Loader
-        tokenizer = Loader.from_pretrained(folder, local_files_only=True)
+        tokenizer = Loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         largest = max(tokenizer.get_vocab().values())
     except Exception as error:  # the tokenizers library raises a bare Exception for a damaged file
         raise UserError(f"{folder / 'tokenizer.json'} cannot be read ({error}); restore the file") from error
@@ -582,7 +588,7 @@ def start_run(folder: str, settings: dict, overwrite: bool, **more) -> Path:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out: {folder!r} cannot be made ({error.strerror}); name another folder") from error
-    for name in ("metrics.jsonl", "samples.jsonl", "evaluation.json"):
+    for name in ("metrics.jsonl", "samples.jsonl", "evaluation.json", "model.safetensors"):
         (out / name).unlink(missing_ok=True)
     shutil.rmtree(out / "resume", ignore_errors=True)
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
@@ -743,7 +749,7 @@ def plan(policy: TokenPolicy, rows: int, prompts: int, prompt_tokens: int, max_n
         "optimizer": (8 * weights, "a smaller --model"),
         "reference": ((2 if low else 4) * weights * settings["reference"], "--dtype bfloat16, or --beta 0"),
         "cache": (
-            8 * layers * width * rows * (prompt_tokens + max_new_tokens),
+            (4 if low else 8) * layers * width * rows * (prompt_tokens + max_new_tokens),
             "--batch-size, --num-generations or --max-new-tokens",
         ),
         "gradients": (4 * weights, "a smaller --model"),
@@ -977,13 +983,14 @@ class InferenceConfig:
     outputs: str | None = option(
         None, "With --eval: write every completion and its scores to this file, as JSON Lines."
     )
+    batch_size: int = option(512, "With --eval: completions that are sampled at once.")
     seed: int = option(0, "Seed of the sampler.")
     device: str = option("auto", "Device: auto, cuda, mps or cpu.")
     dtype: str = option("float32", "Matrix products in float32 or bfloat16.")
 
     def __post_init__(self):
         check_dtype(self.dtype)
-        require_numbers(self, "samples", "max_new_tokens", "limit")
+        require_numbers(self, "samples", "max_new_tokens", "limit", "batch_size")
         if self.temperature is not None and 0 < self.temperature < 1e-3:
             raise UserError(f"--temperature is {self.temperature}; it must be 0 (greedy) or from 0.001 up")
 
@@ -1017,9 +1024,10 @@ def compare(config: InferenceConfig, policies: dict[str, TokenPolicy]) -> None:
     for name, policy in policies.items():
         examples = load_task(task, policy.chat, data=config.data)["held_out"][: config.limit]
         width = config.max_new_tokens or task.max_new_tokens
+        examples = policy.fitting({"held_out": examples}, width)["held_out"]
         samples = 0 if config.temperature == 0 else max(config.samples, 4)
         outputs: list[dict] = []
-        results[name] = evaluate(policy, task, examples, width, samples, config.seed, outputs=outputs)
+        results[name] = evaluate(policy, task, examples, width, samples, config.seed, config.batch_size, outputs)
         if config.outputs:
             append_json(Path(config.outputs), *({"model": name, **output} for output in outputs))
     print(results_table(results))
@@ -1028,7 +1036,7 @@ def compare(config: InferenceConfig, policies: dict[str, TokenPolicy]) -> None:
             "task": task.name,
             "samples": samples,
             "seed": config.seed,
-            "temperature": config.temperature or 1.0,
+            "temperature": 1.0 if config.temperature is None else config.temperature,
         }
         write_json(Path(config.report), {"settings": settings, "results": results})
 
@@ -1066,11 +1074,12 @@ def main() -> int:
     for path in filter(None, (config.report, config.outputs)):
         if not config.eval:
             raise UserError(f"--report and --outputs go with --eval; leave {path!r} out, or add --eval")
-        if Path(path).exists():
-            raise UserError(f"{path} exists; name another file, or delete it")
+        if Path(path).exists() or not Path(path).parent.is_dir():
+            what = "exists" if Path(path).exists() else "is in a folder that is not there"
+            raise UserError(f"{path} {what}; name another file")
     temperature = config.temperature or 1.0
     policies = {name: load(name, device, config.dtype, temperature) for name in config.model}
-    with out_of_memory("--samples or --max-new-tokens"):
+    with out_of_memory("--batch-size with --eval, --samples without, or --max-new-tokens"):
         if config.eval:
             compare(config, policies)
         elif question is not None:

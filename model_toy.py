@@ -166,7 +166,7 @@ class Attention(nn.Module):
             projection(x).view(batch, length, -1, self.head_dim).transpose(1, 2)  # (B, H or K, T, D)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        q, k = rotate(q, *rotary).to(v.dtype), rotate(k, *rotary).to(v.dtype)  # under autocast they come in float32
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
         causal = mask is None and length > 1
@@ -262,6 +262,11 @@ class Llama(nn.Module):
         """Logits (..., V) of hidden states (..., C)."""
         return self.lm_head(hidden)
 
+    @property
+    def max_length(self) -> int:
+        """Most tokens of prompt and completion together."""
+        return self.config.max_position_embeddings
+
     def new_cache(self) -> Cache:
         return Cache(self.config.num_hidden_layers)
 
@@ -301,7 +306,8 @@ class HubModel(nn.Module):
         super().__init__()
         if getattr(model, "_is_stateful", False):
             raise ValueError(f"{model.config.model_type} is recurrent: its state cannot be cut back to single rows")
-        self.model, self.config, self.full_logits = model, model.config, False
+        self.model, self.config, self.full_logits = model, model.config.get_text_config(), False
+        self.max_length = getattr(self.config, "max_position_embeddings", None) or 2**31
         for module in model.modules():  # the policy that samples is the policy that is scored: no dropout
             for name, value in list(vars(module).items()):
                 if isinstance(value, float) and (name == "p" or "drop" in name):
@@ -309,7 +315,13 @@ class HubModel(nn.Module):
         ids = torch.arange(4)[None].to(model.device)
         with torch.no_grad():
             expected = model(input_ids=ids).logits
-            ours = self.logits(self(ids, ids))
+            hidden, cache = self(ids, ids), self.new_cache()
+            parts = torch.cat([self(ids[:, i:j], ids[:, i:j], cache) for i, j in ((0, 2), (2, 4))], 1)
+            ours = self.logits(hidden)
+        if hidden.shape != parts.shape or not torch.allclose(hidden, parts, rtol=1e-3, atol=1e-3):
+            raise ValueError(
+                f"{model.config.model_type} reads ahead or keeps no cache: it cannot be sampled token by token"
+            )
         # Some models scale or cap their logits: there the "hidden states" are the logits themselves.
         self.full_logits = ours.shape != expected.shape or not torch.allclose(ours, expected, rtol=1e-4, atol=1e-4)
 

@@ -22,8 +22,7 @@ class UserError(ValueError):
 
 # At most 30 digits, thousands marked by commas or not, and nothing but zeros after a point.
 INTEGER = re.compile(r"[+-]?(?:[0-9]{1,30}|[0-9]{1,3}(?:,[0-9]{3}){1,9})(?:\.0{1,9})?")
-# The same inside a text: not a part of a longer number, nor of a decimal fraction.
-INTEGER_INSIDE = re.compile(rf"(?<![0-9.,])(?<![0-9.,][+-]){INTEGER.pattern}(?![0-9]|[.,][0-9])")
+NUMBER = re.compile(r"[+-]?[0-9][0-9.,]*")
 ANSWER = re.compile(r"<answer>([^<>]{1,200})</answer>")
 
 
@@ -125,11 +124,11 @@ def soft_overlong(limit: int, buffer: float) -> RewardFunction:
 
 
 def answer_last(prompts, completions, answer, **_) -> list[float]:
-    """1 where the last integer in the last 2,000 characters is the right one, else 0: the lenient reading."""
+    """1 where the last number in the last 2,000 characters is the right integer, else 0: the lenient reading."""
     scores = []
     for completion, right in zip(completions, answer, strict=True):
-        found = INTEGER_INSIDE.findall(text_of(completion)[-2000:])
-        scores.append(float(bool(found) and to_integer(found[-1]) == int(right)))
+        found = NUMBER.findall(text_of(completion)[-2000:])
+        scores.append(float(bool(found) and to_integer(found[-1].rstrip(".,")) == int(right)))
     return scores
 
 

@@ -9,7 +9,6 @@ change it.
 
 import dataclasses
 import itertools
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -144,9 +143,10 @@ def tokenize(policy: TokenPolicy, examples: list[Example]) -> tuple[list[list[in
     pairs = [(example.prompt, text) for example in examples for text in example.demonstrations]
     prompts = policy.encode([prompt for prompt, _ in pairs])
     texts, end = [text for _, text in pairs], policy.tokenizer.eos_token_id
+    end = policy.end_ids[0] if end is None else end
     ids = policy.tokenizer(texts, add_special_tokens=False).input_ids if texts else []
     rows = list(zip(prompts, [row + [end] for row in ids], texts, strict=True))
-    room = policy.model.config.max_position_embeddings
+    room = policy.model.max_length
     kept = [row for row in rows if len(row[0]) + len(row[1]) <= room]
     if len(kept) < len(rows):
         print(f"left out {len(rows) - len(kept)} of {len(rows)} demonstrations of more than {room} tokens")
@@ -204,10 +204,11 @@ def train(config: SFTConfig) -> TokenPolicy:
             metrics = {"step": progress.step, "loss": loss, "grad_norm": norm, "tokens_per_second": rate}
             metrics["learning_rate"] = optimizer.param_groups[0]["lr"]
             if progress.step % config.eval_every == 0 or progress.step == steps:
-                metrics["validation_loss"] = cross_entropy(policy, steering, config.micro_batch_tokens, learn=False)
+                with out_of_memory("--micro-batch-tokens"):
+                    metrics["validation_loss"] = cross_entropy(policy, steering, config.micro_batch_tokens, learn=False)
                 bar.write(f"step {progress.step}: validation loss {metrics['validation_loss']:.4f} nats per token")
             append_json(out / "metrics.jsonl", metrics)
-            if progress.step % config.save_every == 0 or interrupt.signal:
+            if progress.step % config.save_every == 0 or progress.step == steps or interrupt.signal:
                 save_state(out, progress.step, policy.model, optimizer, dataclasses.asdict(progress))
             bar.set_postfix({"loss": f"{loss:.3f}", "tok/s": f"{rate:.0f}"}, refresh=False)
             bar.update()
@@ -215,7 +216,6 @@ def train(config: SFTConfig) -> TokenPolicy:
                 print(f"saved after step {progress.step}; continue with: {continue_command()}", file=sys.stderr)
                 sys.exit(128 + interrupt.signal)
     save(policy, out)
-    shutil.rmtree(out / "resume", ignore_errors=True)  # the run is over; its schedule has come to 0
     return policy
 
 
@@ -235,8 +235,10 @@ MAY_CHANGE = {
 def main() -> None:
     config = parse_settings(SFTConfig, "Supervised fine-tuning on a task's demonstrations.", MAY_CHANGE)
     policy, task = train(config), find_task(config.task)
-    held_out = load_task(task, policy.chat, data=config.data, limit=config.limit)["held_out"]
-    result = evaluate(policy, task, held_out, task.max_new_tokens, samples=4)
+    data = load_task(task, policy.chat, data=config.data, limit=config.limit)
+    held_out = policy.fitting({"held_out": data["held_out"]}, task.max_new_tokens)["held_out"]
+    with out_of_memory("--batch-size"):
+        result = evaluate(policy, task, held_out, task.max_new_tokens, samples=4, batch_rows=config.batch_size)
     write_json(Path(config.out) / "evaluation.json", {"sft": result})
     print(results_table({config.out: result}))
     print(f"Next: python grpo.py --task {config.task} --model {config.out}")

@@ -172,6 +172,8 @@ class Source:
                 example = self.convert(record)
                 if not isinstance(example.prompt, str) or not example.prompt.strip():
                     raise ValueError("no question")
+                for text in (example.prompt, *example.demonstrations):
+                    text.encode()  # half of a surrogate pair is no text
                 examples.append(example)
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 fields = f"its fields are {', '.join(map(str, record))}"

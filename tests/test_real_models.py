@@ -1,5 +1,6 @@
 """Checkpoints that `transformers` writes, of the kinds that users have: the same logits, decoding and gradients."""
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -205,6 +206,82 @@ def test_questions_that_do_not_fit_are_left_out_or_named(tmp_path, capsys):
     with pytest.raises(UserError, match="do not fit into the model's 24"):
         policy.sample([long], 1, (0, 0, 0), 8)
     assert policy.sample([short], 1, (0, 0, 0), 8).actions.shape[1] <= 8
+
+
+def test_code_of_a_tokenizer_is_not_run(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path, "llama")
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": [None, "mine.Mine"]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Mine: pass\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with contextlib.suppress(UserError):
+        load(tmp_path, CPU)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_models_that_read_ahead_are_refused(tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = transformers.BertLMHeadModel(transformers.BertConfig(vocab_size=304, eos_token_id=0, **sizes))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.3 * torch.randn(weight.shape)
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="reads ahead or keeps no cache"):
+        load(tmp_path, CPU)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2"])
+def test_checkpointing_computes_the_blocks_again(tmp_path, kind):
+    write_checkpoint(tmp_path, kind)
+    policy = load(tmp_path, CPU)
+    inner = policy.model.model
+    block = (inner.transformer.h if kind == "gpt2" else inner["layers"] if kind == "llama" else inner.model.layers)[0]
+    calls = []
+    block.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    rollout = policy.sample(EXAMPLES, 2, (0, 0, 0), 4)
+    for checkpointing, count in ((False, 2), (True, 2)):  # prompt and completions; once forward, once for backward
+        policy.model.checkpointing = checkpointing
+        calls.clear()
+        logp, _ = policy.log_probs(rollout)
+        forward = len(calls)
+        logp.sum().backward()
+        assert len(calls) == count and forward == (1 if checkpointing else 2)
+
+
+@pytest.mark.parametrize("kind", ["llama3", "qwen3", "gpt2"])
+def test_a_reference_in_bfloat16_stays_near_the_policy(tmp_path, kind):
+    """Its rotary frequencies are not rounded: no drift with the position, over 900 tokens."""
+    write_checkpoint(tmp_path, kind)
+    policy = load(tmp_path, CPU, "bfloat16")
+    policy.end_ids = [303]
+    reference = grpo.frozen(policy)
+    assert {weight.dtype for weight in reference.model.parameters()} == {torch.bfloat16}
+    rollout = policy.pack(
+        [[5, 6, 7]], [torch.randint(300, (900,), generator=torch.Generator().manual_seed(0)).tolist()], [""]
+    )
+    with torch.no_grad():
+        gap = (policy.log_probs(rollout)[0] - reference.log_probs(rollout)[0])[0].abs()
+        exact = load(tmp_path, CPU).log_probs(rollout)[0][0]
+        assert (exact - policy.log_probs(rollout)[0][0]).abs().mean() < 0.1
+    assert gap[-200:].mean() < 2 * gap[:200].mean() + 0.01 and gap.mean() < 0.1
+
+
+def test_chunks_do_not_add_up_their_gradients_in_bfloat16(tmp_path):
+    write_checkpoint(tmp_path, "qwen2-untied")
+    policy, exact = load(tmp_path, CPU, "bfloat16"), load(tmp_path, CPU)
+    generator = torch.Generator().manual_seed(0)
+    rollout = policy.pack([[5]] * 4, torch.randint(300, (4, 400), generator=generator).tolist(), [""] * 4)
+    errors = []
+    exact.log_probs(rollout)[0].sum().backward()
+    truth = exact.model.lm_head.weight.grad
+    for chunk in (2**24, 304 * 20):
+        policy.chunk_logits = chunk
+        policy.model.zero_grad()
+        policy.log_probs(rollout)[0].sum().backward()
+        errors.append(((policy.model.lm_head.weight.grad - truth).norm() / truth.norm()).item())
+    assert errors[1] <= 1.2 * errors[0] + 1e-4, errors
 
 
 def test_weights_that_are_missing_are_not_left_at_random(tmp_path):
