@@ -618,7 +618,9 @@ def measure(run: Run, policy: TokenPolicy, split: str, samples: int, seed: int =
     config = run.config
     rows = config.batch_size * config.num_generations
     with out_of_memory("--batch-size, --num-generations or --max-new-tokens"):
-        return evaluate(policy, run.task, run.data[split], config.max_new_tokens, samples, seed, rows)
+        return evaluate(
+            policy, run.task, run.data[split], config.max_new_tokens, samples=samples, seed=seed, batch_rows=rows
+        )
 
 
 def save_progress(run: Run) -> None:
