@@ -235,7 +235,6 @@ class TokenPolicy:
         )
         return on_device(rollout, self.device)
 
-    @torch.no_grad()
     def sample(
         self,
         examples: Sequence[Example],
@@ -259,23 +258,21 @@ class TokenPolicy:
             raise UserError(f"{what}; lower --max-new-tokens, or ask something shorter")
         packed = self.pack(encoded, [[self.pad_id]] * len(encoded), [""] * len(encoded))
         group = packed.group.repeat_interleave(group_size)
-        cache = self.model.new_cache()
-        prompt = self.prompt_inputs(packed)
-        with self.autocast():
-            hidden = self.model(packed.prompts, **prompt, cache=cache)[group, -1]  # (B, C)
-        cache = cache.select(group, room=max_new_tokens - 1)
-        key_mask = None if prompt["key_mask"] is None else packed.prompt_mask[group]
         uniforms = row_uniforms(key, range(first, first + len(encoded)), group_size, max_new_tokens)
         uniforms = uniforms if self.device.type == "mps" else uniforms.to(self.device)  # mps has no float64
         choose = (lambda log_probs, _: log_probs.argmax(-1)) if greedy else inverse_cdf
         noise = self.exploration_noise if explore and not greedy else 0.0
+        prompt, cache = self.prompt_inputs(packed), self.model.new_cache()
+        key_mask = None if prompt["key_mask"] is None else packed.prompt_mask[group]
         lengths = packed.prompt_mask.sum(1)[group]
-        with self.autocast():
-            actions, mask, logp = self.decode(hidden, cache, lengths, key_mask, uniforms, choose, noise)
-        if not logp.isfinite().all():
+        with torch.inference_mode(), self.autocast():
+            hidden = self.model(packed.prompts, **prompt, cache=cache)[group, -1]  # (B, C)
+            cache = cache.select(group, room=max_new_tokens - 1)
+            decoded = self.decode(hidden, cache, lengths, key_mask, uniforms, choose, noise)
+        if not decoded[2].isfinite().all():
             raise FloatingPointError("the model's log-probabilities are not finite")
-        width = int(mask.sum(1).max())
-        actions, mask, logp = actions[:, :width], mask[:, :width], logp[:, :width]
+        width = int(decoded[1].sum(1).max())
+        actions, mask, logp = (x[:, :width].clone() for x in decoded)  # autograd takes no tensor of inference mode
         last = actions.gather(1, mask.sum(1, keepdim=True) - 1)[:, 0]
         truncated = ~torch.isin(last, torch.tensor(self.end_ids, device=self.device))
         rollout = dataclasses.replace(
@@ -299,12 +296,13 @@ class TokenPolicy:
         for t in range(actions.shape[1]):
             distribution = log_distribution(self.model.logits(hidden), self.temperature, noise)
             token = choose(distribution, uniforms[rows.to(uniforms.device), t])
-            actions[rows[going], t], mask[rows[going], t] = token[going], True
-            logp[rows[going], t] = distribution.gather(1, token[:, None])[going, 0]
-            going &= ~torch.isin(token, ends)
-            if t + 1 == actions.shape[1] or not going.any():
-                return actions, mask, logp
-            if going.sum() < self.drop_below * len(going):
+            actions[rows, t], mask[rows, t] = token, going
+            logp[rows, t] = distribution.gather(1, token[:, None])[:, 0]
+            going = going & ~torch.isin(token, ends)
+            left = int(going.sum())
+            if t + 1 == actions.shape[1] or not left:
+                return actions.where(mask, self.pad_id), mask, logp.where(mask, 0.0)
+            if left < self.drop_below * len(going):
                 keep = going.nonzero()[:, 0]
                 rows, token, positions, going = rows[keep], token[keep], positions[keep], going[keep]
                 cache, key_mask = cache.select(keep), None if key_mask is None else key_mask[keep]

@@ -83,16 +83,16 @@ class LlamaConfig:
         size = (values.get("head_dim") or config.head_dim) * config.num_attention_heads
         if size != config.hidden_size:
             raise ValueError(f"head_dim times num_attention_heads is {size}, not hidden_size {config.hidden_size}")
-        config.inverse_frequencies("cpu", torch.float32)
+        config.inverse_frequencies()
         return config
 
-    def inverse_frequencies(self, device, dtype: torch.dtype) -> torch.Tensor:
-        """Radians per position (D / 2,) of each pair of dimensions, slowed down for long texts as in Llama 3.
+    def inverse_frequencies(self) -> torch.Tensor:
+        """Radians per position (D / 2,) float32 of each pair of dimensions, slowed down for long texts as in Llama 3.
 
         Wavelengths above original_max_position_embeddings / low_freq_factor are stretched by `factor`, those below
         original / high_freq_factor stay, and those between are interpolated (Llama 3.1's reference code).
         """
-        exponent = torch.arange(0, self.head_dim, 2, device=device, dtype=dtype) / self.head_dim
+        exponent = torch.arange(0, self.head_dim, 2) / self.head_dim
         frequency = self.rope_theta**-exponent
         if self.rope_scaling is None:
             return frequency
@@ -216,6 +216,7 @@ class Llama(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+        self.register_buffer("frequency", config.inverse_frequencies(), persistent=False)
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Draw normal weights; those that write to the residual stream get std / sqrt(2 * layers), as in GPT-2."""
@@ -251,10 +252,8 @@ class Llama(nn.Module):
         return self.model.norm(x)
 
     def rotary(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines (B, 1, T, D), in float32 or wider until the last step."""
-        wide = torch.promote_types(dtype, torch.float32)
-        frequency = self.config.inverse_frequencies(positions.device, wide)
-        angle = positions[:, None, :, None].to(wide) * frequency  # (B, 1, T, D / 2)
+        """Cosines and sines (B, 1, T, D), in the dtype of the frequencies until the last step."""
+        angle = positions[:, None, :, None] * self.frequency  # (B, 1, T, D / 2)
         angle = torch.cat([angle, angle], dim=-1)
         return angle.cos().to(dtype), angle.sin().to(dtype)
 

@@ -224,7 +224,7 @@ FAULTS = [
     Fault(
         "tokens after the end token kept in the mask",
         "bingreeky/MemGen#33",
-        "inference.py", "going &= ~torch.isin(token, ends)", "going &= torch.ones_like(going)",
+        "inference.py", "going = going & ~torch.isin(token, ends)", "going = going | ~torch.isin(token, ends)",
         "oracle_sampler::test_the_mask_ends_with_the_end_token",
     ),
     Fault(

@@ -154,15 +154,13 @@ def test_both_forms_of_llama_3s_scaling_are_read():
     new = LlamaConfig.from_json(plain | {"rope_parameters": scaling | {"rope_theta": 5e5}})
     assert old == new and old.rope_theta == 5e5
     assert LlamaConfig.from_json(json.loads(json.dumps(old.to_json()))) == old
-    ours = old.inverse_frequencies("cpu", torch.float32)
+    ours = old.inverse_frequencies()
     config = ReferenceConfig(hidden_size=32, num_attention_heads=4, rope_parameters=scaling | {"rope_theta": 5e5})
     theirs, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
     assert not torch.allclose(
         ours,
-        LlamaConfig.from_json(plain | {"rope_theta": 5e5, "rope_scaling": None}).inverse_frequencies(
-            "cpu", torch.float32
-        ),
+        LlamaConfig.from_json(plain | {"rope_theta": 5e5, "rope_scaling": None}).inverse_frequencies(),
     )
 
 
