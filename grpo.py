@@ -23,11 +23,14 @@ Rewards and advantages are (P, G) until the update; tokens are (B, T).
 
 import copy
 import dataclasses
+import inspect
+import os
 import shlex
 import statistics
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -65,7 +68,7 @@ from inference import (
     start_run,
     write_json,
 )
-from rewards import RewardFunction, UserError, apply_reward, parse_rewards, soft_overlong
+from rewards import LEVELS, Judge, RewardFunction, UserError, apply_reward, parse_rewards, soft_overlong, text_of
 from tasks import Example, Task, find_task, load_task
 
 
@@ -158,10 +161,20 @@ class GRPOConfig:
     exploration_noise: float = option(0.0, "Share of a uniform distribution over the vocabulary mixed into the policy.")
     max_new_tokens: int | None = option(None, "Longest completion, in tokens. Default: the task's.")
     rewards: str | None = option(None, "NAME=WEIGHT,... or FILE.py:FUNCTION=WEIGHT. Default: the task's mix.")
-    eval_every: int = option(5, "Evaluate on the validation problems every so many steps.")
-    patience: int | None = option(
-        None, "Stop after so many evaluations without a better validation accuracy (sampled)."
+    ideal_length: int | None = option(
+        None, "What char_length and token_length aim at. Default: 200 characters, 50 tokens."
     )
+    scorer: str | None = option(
+        None, "Checkpoint or model of the hub for the perplexity reward. Default: the policy as it was at the start."
+    )
+    judge_url: str | None = option(
+        None,
+        "OpenAI-compatible endpoint of the judge reward, as in http://localhost:8000/v1; its key is JUDGE_API_KEY.",
+    )
+    judge_model: str = option("default", "Name of the judge's model, as the endpoint knows it.")
+    judge_scale: int = option(1, "The judge's best score: 1 (right or wrong) or 2 (in part, too).")
+    eval_every: int = option(5, "Evaluate on the validation problems every so many steps.")
+    patience: int | None = option(None, "Stop after so many evaluations without a better validation score (sampled).")
     kl_limit: float | None = option(None, "Stop when the KL towards the reference, in nats per token, exceeds this.")
     save_every: int = option(10, "Save the state to resume from every so many steps.")
     resume: bool = option(False, "Continue the run in --out from its newest saved state.")
@@ -176,12 +189,17 @@ class GRPOConfig:
         require_numbers(
             self, "steps", "batch_size", "num_inner_updates", "micro_batch_tokens", "learning_rate", "clip_grad_norm",
             "max_new_tokens", "eval_every", "limit", "patience", "kl_limit", "save_every", "ref_update_every",
+            "ideal_length",
         )  # fmt: skip
         check_dtype(self.dtype)
         if self.algorithm not in ALGORITHMS:
             raise UserError(f"--algorithm: no algorithm {self.algorithm!r}; there is {', '.join(ALGORITHMS)}")
         if self.exploration_noise >= 1:
             raise UserError(f"--exploration-noise is {self.exploration_noise}; it must be below 1")
+        if self.judge_url is not None and not self.judge_url.startswith(("http://", "https://")):
+            raise UserError(f"--judge-url is {self.judge_url!r}; it begins with http:// or https://")
+        if self.judge_scale not in LEVELS:
+            raise UserError(f"--judge-scale is {self.judge_scale}; it is one of {', '.join(map(str, LEVELS))}")
         row = self.resolved_algorithm
         needs = dict.fromkeys(("kl_limit", "ref_update_every", "kl_estimator"), (row.beta > 0, "a --beta above 0"))
         needs |= dict.fromkeys(("epsilon", "epsilon_high"), (row.surrogate != "plain", "--surrogate clip or cispo"))
@@ -326,18 +344,25 @@ def take_prompts(examples: list[Example], step: int, count: int, seed: int, draw
 
 
 def compute_rewards(
-    mix: dict[str, tuple[RewardFunction, float]], examples: list[Example], rollout: Rollout, group_size: int
+    mix: dict[str, tuple[RewardFunction, float]],
+    examples: list[Example],
+    rollout: Rollout,
+    group_size: int,
+    inputs: dict | None = None,
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """Weighted total rewards (P, G) float32 on the CPU, and each function's mean and std; raises UserError.
 
-    None is replaced by the function's mean over the group's other rows, and drops out where the group has no value.
+    `inputs` goes to every function by keyword, besides the examples' columns. None is replaced by the function's mean
+    over the group's other rows, and drops out where the group has no value.
     """
     rows = [example for example in examples for _ in range(group_size)]
     # In float64 until the end: rounding must not tell rewards apart that are equal, or a flat group comes alive.
     total, means = torch.zeros(len(examples), group_size, dtype=torch.float64), {}
     for name, (function, weight) in mix.items():
-        values = [float("nan") if v is None else v for v in apply_reward(name, function, rows, rollout)]
+        values = [float("nan") if v is None else v for v in apply_reward(name, function, rows, rollout, **inputs or {})]
         values = torch.tensor(values, dtype=torch.float64).view(-1, group_size)
+        if values.isnan().any():
+            means[f"missing/{name}"] = values.isnan().double().mean().item()
         values = torch.where(values.isnan(), values.nanmean(1, keepdim=True), values)
         total += weight * values.nan_to_num(0.0)
         known = values[~values.isnan()]
@@ -418,11 +443,10 @@ def rollout_metrics(rollout: Rollout, rewards: torch.Tensor, examples: list[Exam
     """What is measured on the sampled completions and their rewards (P, G), before any update."""
     rows = [example for example in examples for _ in range(rewards.shape[1])]
     lengths = rollout.mask.sum(1).float()
-    measures = {"accuracy": task.accuracy, **task.metrics}
     return {
         "reward": rewards.mean().item(),
         "reward_std": rewards.std().item(),
-        **{name: statistics.fmean(apply_reward(name, f, rows, rollout)) for name, f in measures.items()},
+        **{name: statistics.fmean(apply_reward(name, f, rows, rollout)) for name, f in task.metrics.items()},
         "zero_std_groups": is_flat(rewards).float().mean().item(),
         "truncated": rollout.truncated.float().mean().item(),
         **{"length": lengths.mean().item(), "length_min": lengths.min().item(), "length_max": lengths.max().item()},
@@ -435,13 +459,18 @@ WARNINGS = {  # shown once a run, each in a sentence that names the flag that he
         "9 in 10 completions are cut by the length limit, so hardly any is rewarded: raise --max-new-tokens",
     ),
     "flat": (
-        lambda m: m["zero_std_groups"] == 1 and m["accuracy"] < 1,
+        lambda m: m["zero_std_groups"] == 1 and m.get("accuracy", 0) < 1,
         "in every group all rewards are equal, so there is nothing to learn from: raise --num-generations or "
         "--temperature, or start from a --model that is right now and then",
     ),
     "format": (
         lambda m: m.get("format") == 0,
         "no completion has the format of an answer: teach it first, with sft.py, and give the result as --model",
+    ),
+    "judge": (
+        lambda m: m.get("missing/judge") == 1,
+        "the judge scored no completion, so its reward is left out: is the endpoint of --judge-url up, and does it "
+        "know --judge-model and JUDGE_API_KEY?",
     ),
     "kl": (
         lambda m: m.get("kl", 0) > 1,
@@ -456,10 +485,11 @@ class Progress:
 
     step: int = 0
     best_step: int = 0
-    best_accuracy: float = -1.0
+    best_score: float = -1.0
     stale: int = 0  # evaluations since the best one
     stopped: str | None = None  # why training ended early
     warned: list = dataclasses.field(default_factory=list)
+    state: dict = dataclasses.field(default_factory=dict)  # of adaptive rewards
 
 
 @dataclass
@@ -474,6 +504,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     data: dict[str, list[Example]]
     mix: dict[str, tuple[RewardFunction, float]]
+    inputs: dict  # what rewards get by keyword, besides the examples' columns
     progress: Progress
 
     @property
@@ -490,6 +521,50 @@ def frozen(policy: TokenPolicy) -> TokenPolicy:
         weight.data = weight.data.to(policy.dtype)
     reference.model.checkpointing = False
     return reference
+
+
+def frozen_scorer(policy: TokenPolicy, token_budget: int, same_tokens: bool) -> Callable[..., list[float]]:
+    """What rewards know as `scorer`: mean log-probability per token of completions under a policy that does not learn.
+
+    With `same_tokens` the sampled ids are scored as they are; another model's tokenizer reads the text again.
+    """
+    policy = copy.copy(policy)
+    policy.temperature, policy.exploration_noise = 1.0, 0.0
+
+    def scorer(prompts, completions, completion_ids) -> list[float]:
+        ids = completion_ids
+        if not same_tokens:
+            texts = [text_of(completion) for completion in completions]
+            ids = [row or policy.end_ids[:1] for row in policy.tokenizer(texts, add_special_tokens=False).input_ids]
+        if not policy.chat:
+            prompts = [text_of(prompt) for prompt in prompts]
+        rollout = policy.pack(policy.encode(prompts), ids, [""] * len(ids))
+        batches = micro_batches(rollout, token_budget)
+        return mean_log_probs(policy, batches, [rollout.select(rows) for rows in batches]).tolist()
+
+    return scorer
+
+
+def reward_inputs(
+    config: GRPOConfig, mix: dict[str, tuple[RewardFunction, float]], policy: TokenPolicy, reference: TokenPolicy | None
+) -> dict:
+    """What the functions of the mix ask for by the name of a parameter; raises UserError for what lacks or idles."""
+    asked = {name for function, _ in mix.values() for name in inspect.signature(function).parameters}
+    for flag, name in (("scorer", "scorer"), ("judge_url", "endpoint"), ("ideal_length", "ideal_length")):
+        if getattr(config, flag) is not None and name not in asked:
+            raise UserError(f"--{flag.replace('_', '-')} does nothing with --rewards {config.rewards}; leave it out")
+    inputs = {} if config.ideal_length is None else {"ideal_length": config.ideal_length}
+    if "scorer" in asked:
+        base = reference if reference and not config.ref_update_every else None
+        if config.scorer:
+            base = frozen(load(config.scorer, policy.device, config.dtype))
+        inputs["scorer"] = frozen_scorer(base or frozen(policy), config.micro_batch_tokens, not config.scorer)
+    if "endpoint" in asked:
+        if config.judge_url is None:
+            raise UserError("--rewards judge needs --judge-url; give it, or other --rewards, as in overlap=1")
+        key = os.environ.get("JUDGE_API_KEY", "")
+        inputs["endpoint"] = Judge(config.judge_url, config.judge_model, config.judge_scale, key)
+    return inputs
 
 
 def prepare(config: GRPOConfig) -> Run:
@@ -524,8 +599,9 @@ def prepare(config: GRPOConfig) -> Run:
     reference = None
     if algorithm.beta > 0:
         reference = frozen(policy)
+    inputs = reward_inputs(config, mix, policy, reference)
     optimizer = torch.optim.AdamW(policy.model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    run = Run(config, task, out, policy, reference, optimizer, data, mix, Progress())
+    run = Run(config, task, out, policy, reference, optimizer, data, mix, inputs, Progress())
     if config.resume and (out / "resume").exists():
         run.progress = load_state(out, policy.model, optimizer, Progress, run.refreshed)
         if any(stored["settings"].get(name) != settings[name] for name in ("steps", "patience", "kl_limit")):
@@ -553,7 +629,8 @@ def sample_groups(run: Run, step: int) -> tuple[Rollout, torch.Tensor, dict[str,
         used |= set(map(id, examples))
         key = (config.seed, step, draw)
         rollout = run.policy.sample(examples, config.num_generations, key, config.max_new_tokens)  # (2)
-        rewards, means = compute_rewards(run.mix, examples, rollout, config.num_generations)  # (3)
+        inputs = run.inputs | {"state": run.progress.state}
+        rewards, means = compute_rewards(run.mix, examples, rollout, config.num_generations, inputs)  # (3)
         if draw == 0:
             measured = rollout_metrics(rollout, rewards, examples, run.task) | means
         counts.update(samples=rewards.numel(), tokens=int(rollout.mask.sum()))
@@ -592,20 +669,21 @@ def train_step(run: Run, step: int) -> dict[str, float]:
 def validate(run: Run, step: int, bar: tqdm) -> dict[str, float]:
     """Evaluate on the validation problems, keep the best checkpoint, and show the same three questions each time.
 
-    The best is the one that is right most often when sampled, as it is trained: greedy accuracy is high long before
-    the policy has made up its mind.
+    The best is the one that scores best when sampled, as it is trained: greedy accuracy is high long before the policy
+    has made up its mind.
     """
     config, progress, examples = run.config, run.progress, run.data["validation"]
     result = measure(run, run.policy, "validation", samples=2, seed=config.seed)
-    progress.stale += 1
-    if result["sampled_accuracy"] > progress.best_accuracy:
-        progress.best_step, progress.best_accuracy, progress.stale = step, result["sampled_accuracy"], 0
+    score, progress.stale = result[f"sampled_{run.task.score}"], progress.stale + 1
+    if score > progress.best_score:
+        progress.best_step, progress.best_score, progress.stale = step, score, 0
         save(run.policy, run.out)
     shown = examples[:3]
     rollout = run.policy.sample(shown, 1, (config.seed, 0, 0), config.max_new_tokens, explore=False)
-    rewards = compute_rewards(run.mix, shown, rollout, 1)[0][:, 0].tolist()
-    accuracies = f"{result['accuracy']:.1%} greedy, {result['sampled_accuracy']:.1%} sampled"
-    bar.write(f"step {step}: validation accuracy {accuracies}; the same three questions, sampled:")
+    inputs = run.inputs | {"state": copy.deepcopy(progress.state)}  # to look on changes nothing
+    rewards = compute_rewards(run.mix, shown, rollout, 1, inputs)[0][:, 0].tolist()
+    shares = f"{run.task.score} {result[run.task.score]:.1%} greedy, {score:.1%} sampled"
+    bar.write(f"step {step}: validation {shares}; the same three questions, sampled:")
     for example, text, reward in zip(shown, rollout.texts, rewards, strict=True):
         line = {"step": step, "prompt": example.prompt, "completion": text, "reward": reward}
         append_json(run.out / "samples.jsonl", line)
@@ -631,7 +709,7 @@ def save_progress(run: Run) -> None:
 def reason_to_stop(config: GRPOConfig, progress: Progress, metrics: dict[str, float]) -> str | None:
     """Why training ends early, in words, or None."""
     if config.patience is not None and progress.stale >= config.patience:
-        return f"no better validation accuracy in {progress.stale} evaluations (--patience)"
+        return f"no better validation score in {progress.stale} evaluations (--patience)"
     if config.kl_limit is not None and metrics.get("kl", 0) > config.kl_limit:
         return f"KL {metrics['kl']:.3f} is above --kl-limit {config.kl_limit}"
     return None
@@ -652,7 +730,7 @@ def train(config: GRPOConfig) -> Run:
     print(f"{config.algorithm}: {config.resolved_algorithm}")
     bar = tqdm(desc="grpo", initial=progress.step, total=config.steps, unit="step")
     with bar, Interrupt() as interrupt:
-        if progress.best_accuracy < 0:  # nothing measured yet
+        if progress.best_score < 0:  # nothing measured yet
             append_json(run.out / "metrics.jsonl", {"step": 0, **validate(run, 0, bar)})
             save_progress(run)
         while progress.step < config.steps and progress.stopped is None and not interrupt.signal:
@@ -665,7 +743,7 @@ def train(config: GRPOConfig) -> Run:
             progress.stopped = reason_to_stop(config, progress, metrics)
             if progress.step % config.save_every == 0 or progress.step == config.steps or progress.stopped:
                 save_progress(run)
-            shown = {"reward": metrics["reward"], "acc": metrics["accuracy"]}
+            shown = {"reward": metrics["reward"], run.task.score: metrics[run.task.score]}
             shown |= {"kl": metrics["kl"]} if run.reference else {}
             speed = {"tok/s": f"{metrics['tokens_per_second']:.0f}"}
             bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()} | speed)
@@ -705,6 +783,7 @@ def report(run: Run) -> None:
 # What --resume may change; everything else is part of what the run is.
 MAY_CHANGE = {
     *("out", "resume", "overwrite", "dry_run", "device", "steps", "eval_every", "save_every", "patience", "kl_limit"),
+    "judge_url",
     *("learning_rate", "micro_batch_tokens", "clip_grad_norm"),
 }
 
@@ -714,7 +793,8 @@ def dry_run(config: GRPOConfig) -> str:
     task = find_task(config.task)
     if config.model is None:
         raise UserError("--dry-run needs a --model to measure")
-    policy = load(config.model, choose_device(config.device), config.dtype)
+    device = choose_device(config.device)
+    policy = load(config.model, torch.device("meta"), config.dtype)
     policy.model.checkpointing = config.gradient_checkpointing
     width = config.max_new_tokens or task.max_new_tokens
     data = policy.fitting(load_task(task, policy.chat, data=config.data, limit=config.limit), width)
@@ -722,7 +802,7 @@ def dry_run(config: GRPOConfig) -> str:
     estimate = plan(
         policy, config.batch_size * config.num_generations, config.batch_size, longest, width,
         micro_batch_tokens=config.micro_batch_tokens, inner_updates=config.num_inner_updates,
-        reference=config.resolved_algorithm.beta > 0,
+        reference=config.resolved_algorithm.beta > 0, device=device,
     )  # fmt: skip
     return estimate.table()
 

@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from model_toy import HubModel, Llama, LlamaConfig
-from rewards import UserError, apply_reward, extract_answer
+from rewards import UserError, answer_format, apply_reward, extract_answer
 from tasks import Example, Task, find_task, load_task, pose
 
 # --- Policies -------------------------------------------------------------------------------------------------------
@@ -462,7 +462,7 @@ def save(policy: TokenPolicy, folder: Path) -> None:
     save_weights(folder / "model.safetensors", policy.model)
 
 
-def find_checkpoint(name: str | Path) -> Path:
+def find_checkpoint(name: str | Path, weights: bool = True) -> Path:
     """The folder of a checkpoint: a local one, or the hub's model of that name, downloaded; raises UserError."""
     folder = Path(name)
     if folder.is_dir() and any(folder.iterdir()):
@@ -472,7 +472,7 @@ def find_checkpoint(name: str | Path) -> Path:
         raise UserError(f"--model: {make}")
     from huggingface_hub import snapshot_download
 
-    kinds = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # no pickle, no code
+    kinds = ["*.json", "*.model", "*.txt", "*.jinja", *["*.safetensors"] * weights]  # no pickle, no code
     try:
         return Path(snapshot_download(str(name), allow_patterns=kinds))
     except Exception as error:  # the hub's errors have no common base: name, network, permission, disk
@@ -480,34 +480,42 @@ def find_checkpoint(name: str | Path) -> Path:
         raise UserError(f"--model: {make}; or, if it is a model of the hub: {first}") from error
 
 
-def load_model(folder: Path) -> Llama | HubModel:
+def load_model(folder: Path, weights: bool = True) -> Llama | HubModel:
     """The model of a checkpoint, in float32: `Llama` where that computes it, else that of `transformers`.
 
-    Raises UserError naming the file that is missing, damaged or of a kind that cannot be used. No code of the
-    checkpoint's is run and no pickle is read.
+    Without `weights` it stands on PyTorch's meta device, which has sizes and no numbers. Raises UserError naming
+    the file that is missing, damaged or of a kind that cannot be used. No code of the checkpoint's is run and no
+    pickle is read.
     """
     values = read_json(folder / "config.json")
-    weights = folder / "model.safetensors"
-    if not weights.is_file() and (folder / "model.safetensors.index.json").is_file():
-        weights = folder / "model.safetensors.index.json"
-    if not weights.is_file():
+    file = folder / "model.safetensors"
+    if not file.is_file() and (folder / "model.safetensors.index.json").is_file():
+        file = folder / "model.safetensors.index.json"
+    if weights and not file.is_file():
         mend = "restore the file, make the run again, or convert the checkpoint to safetensors"
         raise UserError(f"--model: {folder} lacks model.safetensors; {mend}")
     try:
-        model = Llama(LlamaConfig.from_json(values))
+        config = LlamaConfig.from_json(values)
+        with torch.device("cpu" if weights else "meta"):
+            model = Llama(config)
     except (ArithmeticError, AttributeError, TypeError, ValueError, RuntimeError) as unfit:
-        return load_hub_model(folder, unfit)
-    load_weights(weights, model)
+        return load_hub_model(folder, unfit, weights)
+    if weights:
+        load_weights(file, model)
     return model
 
 
-def load_hub_model(folder: Path, unfit: Exception) -> HubModel:
+def load_hub_model(folder: Path, unfit: Exception, weights: bool = True) -> HubModel:
     """The checkpoint's model as `transformers` computes it, since `Llama` does not, for the reason `unfit`."""
-    from transformers import AutoModelForCausalLM, logging
+    from transformers import AutoConfig, AutoModelForCausalLM, logging
 
     logging.set_verbosity_error()
     options = {"dtype": torch.float32, "trust_remote_code": False, "use_safetensors": True, "local_files_only": True}
     try:
+        if not weights:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            with torch.device("meta"):
+                return HubModel(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
         model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
         absent = [*report["missing_keys"], *report["mismatched_keys"]]
         if absent:  # the library would leave them at random
@@ -555,13 +563,14 @@ def load(
 ) -> TokenPolicy:
     """The policy of a checkpoint folder or of a model of the hub; raises UserError.
 
-    Weights are float32; `dtype` is that of the matrix products.
+    Weights are float32; `dtype` is that of the matrix products. On the device `meta` they are neither fetched nor read.
     """
-    folder = find_checkpoint(name)
+    weights = device.type != "meta"
+    folder = find_checkpoint(name, weights)
     for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         if not (folder / file).is_file():
             raise UserError(f"--model: {folder} lacks {file}; restore the file or make the run again")
-    model = load_model(folder)
+    model = load_model(folder, weights)
     tokenizer = load_tokenizer(folder, model.config.model_type, model.config.vocab_size)
     generation = folder / "generation_config.json"
     sources = [read_json(folder / "config.json"), read_json(generation) if generation.is_file() else {}]
@@ -727,8 +736,9 @@ class Plan:
 def plan(policy: TokenPolicy, rows: int, prompts: int, prompt_tokens: int, max_new_tokens: int, **settings) -> Plan:
     """The memory and work of a step of `rows` completions of `prompts` prompts, at full length, the process aside.
 
-    `settings`: micro_batch_tokens, inner_updates, reference (bool). Activations are counted per token and layer as what
-    the backward pass of a Llama keeps: about ten vectors of the hidden size and four of the intermediate size.
+    `settings`: micro_batch_tokens, inner_updates, reference (bool), device. Activations are counted per token and
+    layer as what the backward pass of a Llama keeps: about ten vectors of the hidden size and four of the
+    intermediate size.
     """
     model, config = policy.model, policy.model.config
     weights, low = sum(weight.numel() for weight in model.parameters()), policy.dtype != torch.float32
@@ -754,7 +764,7 @@ def plan(policy: TokenPolicy, rows: int, prompts: int, prompt_tokens: int, max_n
         "activations": (activations, "--gradient-checkpointing, then --micro-batch-tokens"),
         "logits": (logits, "bounded by chunks"),
     }
-    return Plan(parts, weights * tokens * (2 + 2 * settings["reference"] + updates), free_bytes(policy.device))
+    return Plan(parts, weights * tokens * (2 + 2 * settings["reference"] + updates), free_bytes(settings["device"]))
 
 
 def free_bytes(device: torch.device) -> float | None:
@@ -804,19 +814,19 @@ def evaluate(
 ) -> dict[str, float]:
     """Greedy accuracy with its interval, and with `samples` > 0 accuracy and pass@k at the policy's temperature.
 
-    Each completion and what was measured of it is appended to `outputs`, where it is given.
+    A task whose score is no accuracy has the mean of that instead, and no pass@k. Each completion and what was measured
+    of it is appended to `outputs`, where it is given.
     """
-    functions = {"accuracy": task.accuracy, **task.metrics}
 
     def measure(group_size: int, greedy: bool) -> tuple[dict[str, float], np.ndarray]:
-        """Mean of every measure, and how many completions of each problem are right."""
-        table: dict[str, list[float]] = {name: [] for name in (*functions, "length", "truncated")}
+        """Mean of every measure, and the scores (problems, group_size)."""
+        table: dict[str, list[float]] = {name: [] for name in (*task.metrics, "length", "truncated")}
         size = max(1, batch_rows // group_size)
         for start in range(0, len(examples), size):
             part = examples[start : start + size]
             rollout = policy.sample(part, group_size, (seed, 0, 0), max_new_tokens, greedy, start, explore=False)
             rows = [example for example in part for _ in range(group_size)]
-            for name, function in functions.items():
+            for name, function in task.metrics.items():
                 table[name] += apply_reward(name, function, rows, rollout)
             table["length"] += rollout.mask.sum(1).tolist()
             table["truncated"] += rollout.truncated.tolist()
@@ -825,22 +835,24 @@ def evaluate(
                     measured = {name: values[i - len(rows)] for name, values in table.items()}
                     question = {"question": example.question, **example.columns}
                     outputs.append(question | {"greedy": greedy, "completion": text} | measured)
-        right = np.array(table["accuracy"]).reshape(-1, group_size).sum(1)
-        return {name: statistics.fmean(values) for name, values in table.items()}, right
+        scores = np.array(table[task.score]).reshape(-1, group_size)
+        return {name: statistics.fmean(values) for name, values in table.items()}, scores
 
-    means, right = measure(1, greedy=True)
+    means, scores = measure(1, greedy=True)
     result = {"problems": len(examples), **means}
-    for name in ("accuracy", "lenient"):
-        if name in means:
-            result[f"{name}_low"], result[f"{name}_high"] = wilson(means[name] * len(examples), len(examples))
+    for name in [name for name in means if name in (task.score, "lenient")]:
+        shares = name in ("accuracy", "lenient")  # of problems, each right or wrong
+        interval = wilson(means[name] * len(examples), len(examples)) if shares else bootstrap(scores.mean(1))
+        result[f"{name}_low"], result[f"{name}_high"] = interval
     if samples:
-        means, right = measure(samples, greedy=False)
+        means, scores = measure(samples, greedy=False)
         result |= {f"sampled_{name}": value for name, value in means.items()}
-        for k in (2**i for i in range(samples.bit_length())):
-            passed = np.array([pass_at_k(samples, int(count), k) for count in right])
-            name = "sampled_accuracy" if k == 1 else f"pass@{k}"
-            result[name] = float(passed.mean())
-            result[f"{name}_low"], result[f"{name}_high"] = bootstrap(passed)
+        name = f"sampled_{task.score}"
+        result[f"{name}_low"], result[f"{name}_high"] = bootstrap(scores.mean(1))
+        for k in (2**i for i in range(1, samples.bit_length() * (task.score == "accuracy"))):
+            passed = np.array([pass_at_k(samples, int(right), k) for right in scores.sum(1)])
+            result[f"pass@{k}"] = float(passed.mean())
+            result[f"pass@{k}_low"], result[f"pass@{k}_high"] = bootstrap(passed)
     return result
 
 
@@ -993,11 +1005,11 @@ class InferenceConfig:
             raise UserError(f"--temperature is {self.temperature}; it must be 0 (greedy) or from 0.001 up")
 
 
-def show_answer(text: str) -> str:
-    """A completion for the terminal: the working, an arrow, the answer."""
-    answer = extract_answer(text)
+def show_answer(text: str, tagged: bool = True) -> str:
+    """A completion for the terminal: the working, an arrow, the answer, where the task asks for one in tags."""
+    answer = extract_answer(text) if tagged else None
     if answer is None:
-        return f"{printable(text)}  (no <answer>...</answer> at the end)"
+        return printable(text) + "  (no <answer>...</answer> at the end)" * tagged
     working = text.partition("<answer>")[0].strip()
     return printable(f"{working}  →  {answer}" if working else f"→  {answer}")
 
@@ -1012,7 +1024,7 @@ def answer_question(config: InferenceConfig, question: str, policies: dict[str, 
         if len(policies) > 1:
             print(f"{name}:")
         for text in rollout.texts:
-            print(show_answer(text))
+            print(show_answer(text, tagged=task.metrics.get("format") is answer_format))
 
 
 def compare(config: InferenceConfig, policies: dict[str, TokenPolicy]) -> None:

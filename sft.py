@@ -236,9 +236,10 @@ def main() -> None:
     config = parse_settings(SFTConfig, "Supervised fine-tuning on a task's demonstrations.", MAY_CHANGE)
     policy, task = train(config), find_task(config.task)
     data = load_task(task, policy.chat, data=config.data, limit=config.limit)
-    held_out = policy.fitting({"held_out": data["held_out"]}, task.max_new_tokens)["held_out"]
+    width = min(task.max_new_tokens, policy.model.max_length // 2)  # a short context must hold a question, too
+    held_out = policy.fitting({"held_out": data["held_out"]}, width)["held_out"]
     with out_of_memory("--batch-size"):
-        result = evaluate(policy, task, held_out, task.max_new_tokens, samples=4, batch_rows=config.batch_size)
+        result = evaluate(policy, task, held_out, width, samples=4, batch_rows=config.batch_size)
     write_json(Path(config.out) / "evaluation.json", {"sft": result})
     print(results_table({config.out: result}))
     print(f"Next: python grpo.py --task {config.task} --model {config.out}")

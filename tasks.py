@@ -14,7 +14,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from rewards import RewardFunction, UserError, answer_exact, answer_format, answer_last, text_of, to_integer
+from rewards import (
+    RewardFunction,
+    UserError,
+    answer_exact,
+    answer_format,
+    answer_last,
+    boxed_format,
+    last_boxed,
+    math_accuracy,
+    math_lenient,
+    overlap,
+    text_of,
+    to_integer,
+)
 
 OPERATIONS = {"+": lambda x, y: x + y, "-": lambda x, y: x - y, "*": lambda x, y: x * y}
 
@@ -31,17 +44,23 @@ class Example:
 
 @dataclass(frozen=True)
 class Task:
-    """What is asked and how it is rewarded; `metrics` are measured and plotted, never rewarded."""
+    """What is asked and how it is rewarded.
+
+    `metrics` are measured and plotted, never rewarded; the first is the score, by which the best checkpoint is kept.
+    """
 
     name: str
     load: Callable[..., dict[str, list[Example]]]  # keyword settings -> examples by split
     rewards: str  # the default mix, as on the command line
-    accuracy: RewardFunction
     metrics: dict[str, RewardFunction]
     chat_instruction: str  # added to the question for models that have a chat template
     max_new_tokens: int
     plain: str = "{question}"  # how a model without a chat template is asked
     toy: bool = False  # a toy can learn it from nothing, so no --model is needed
+
+    @property
+    def score(self) -> str:
+        return next(iter(self.metrics))
 
 
 def in_fixed_order(examples: list[Example]) -> list[Example]:
@@ -112,9 +131,9 @@ class Source:
     """Where a task's records come from: the hub by default, or a file or folder in the same schema (`--data`)."""
 
     hub: str
-    config: str | None
+    configs: tuple[str | None, ...]
     splits: dict[str, str]  # of the hub: `train` and, where it has one, `held_out`
-    convert: Callable[[dict], Example]  # raises KeyError, TypeError or ValueError for a record it cannot use
+    convert: Callable[[dict], Example | None]  # None leaves out; raises KeyError, TypeError or ValueError for no record
 
     def load(self, data: str | None = None, limit: int | None = None) -> dict[str, list[Example]]:
         """Examples by split, at most `limit` of each; raises UserError.
@@ -145,10 +164,11 @@ class Source:
                 mend = "python -m pip install datasets, or name a local file with --data"
                 raise UserError(f"--task: {self.hub} is read from the hub by the package datasets; {mend}") from error
             try:
-                return {
-                    name: (load_dataset(self.hub, self.config, split=split).to_list(), self.hub)
+                parts = {
+                    name: [load_dataset(self.hub, config, split=split).to_list() for config in self.configs]
                     for name, split in self.splits.items()
                 }
+                return {name: (list(itertools.chain(*records)), self.hub) for name, records in parts.items()}
             except Exception as error:  # network, disk, authorization: the library's errors have no common base
                 first = (str(error).splitlines() or [type(error).__name__])[0]
                 raise UserError(f"--task: {self.hub} cannot be read from the hub ({first}); use --data FILE") from error
@@ -170,6 +190,8 @@ class Source:
         for number, record in enumerate(records, 1):
             try:
                 example = self.convert(record)
+                if example is None:
+                    continue
                 if not isinstance(example.prompt, str) or not example.prompt.strip():
                     raise ValueError("no question")
                 for text in (example.prompt, *example.demonstrations):
@@ -181,6 +203,8 @@ class Source:
                 raise UserError(
                     f"{where}: record {number} {what}; {fields}; {self.hub} shows what is expected"
                 ) from error
+        if len(examples) < len(records):
+            print(f"{where}: {len(records) - len(examples)} of {len(records)} records left out, they have no answer")
         return examples
 
 
@@ -202,12 +226,37 @@ def aimo_example(record: dict) -> Example:
     return Example(record["problem"], {"answer": str(answer)})
 
 
+def math_example(record: dict) -> Example:
+    r"""`problem` and `solution`, whose last `\boxed{...}` is the answer; or an `answer` of its own, as in MATH-500."""
+    answer = record["answer"] if "answer" in record else last_boxed(record["solution"])
+    if not isinstance(answer, str) or not answer.strip():
+        raise ValueError(r"a solution without \boxed{...}")
+    return Example(record["problem"], {"answer": answer.strip()}, (record["solution"],))
+
+
+def alpaca_example(record: dict) -> Example | None:
+    """`instruction`, `input` (often empty, or a placeholder) and `output`; without an output it is left out."""
+    given = record.get("input") or ""
+    given = "" if re.sub(r"\W", "", given).lower() == "noinput" else given.strip()
+    output = record["output"].strip()
+    prompt = f"{record['instruction']}\n\n{given}".strip()
+    return Example(prompt, {"reference": output}, (output,)) if output else None
+
+
+def smoltldr_example(record: dict) -> Example | None:
+    """`prompt`, a post, and `completion`, its summary."""
+    summary = record["completion"].strip()
+    return Example(record["prompt"], {"reference": summary}, (summary,)) if summary else None
+
+
 def shows_working(prompts, completions, **_) -> list[float]:
     """1 where an equation such as `4-9=-5` stands before the answer, else 0."""
     before = (text_of(completion).partition("<answer>")[0] for completion in completions)
     return [float(re.search(r"[0-9][+*-][0-9-][0-9]{0,30}=-?[0-9]", text) is not None) for text in before]
 
 
+MATH_SUBJECTS = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory")
+MATH_SUBJECTS += ("prealgebra", "precalculus")
 TASKS = {
     task.name: task
     for task in [
@@ -215,31 +264,56 @@ TASKS = {
             name="arithmetic",
             load=arithmetic,
             rewards="answer_format=0.2,answer_near=0.2,answer_exact=0.6",
-            accuracy=answer_exact,
-            metrics={"working": shows_working, "format": answer_format},
+            metrics={"accuracy": answer_exact, "working": shows_working, "format": answer_format},
             chat_instruction="Work it out step by step, then end with the number in <answer>...</answer>.",
             max_new_tokens=32,
             toy=True,
         ),
         Task(
             name="gsm8k",
-            load=Source("openai/gsm8k", "main", {"train": "train", "held_out": "test"}, gsm8k_example).load,
+            load=Source("openai/gsm8k", ("main",), {"train": "train", "held_out": "test"}, gsm8k_example).load,
             rewards="answer_format=0.2,answer_near=0.2,answer_exact=0.6",
-            accuracy=answer_exact,
-            metrics={"lenient": answer_last, "format": answer_format},
+            metrics={"accuracy": answer_exact, "lenient": answer_last, "format": answer_format},
             chat_instruction="Work it out step by step, then end with the number in <answer>...</answer>.",
             max_new_tokens=512,
             plain="{question}\n{instruction}\n",
         ),
         Task(
             name="aimo",
-            load=Source("AI-MO/aimo-validation-aime", None, {"train": "train"}, aimo_example).load,
+            load=Source("AI-MO/aimo-validation-aime", (None,), {"train": "train"}, aimo_example).load,
             rewards="answer_format=0.2,answer_exact=0.8",
-            accuracy=answer_exact,
-            metrics={"lenient": answer_last, "format": answer_format},
+            metrics={"accuracy": answer_exact, "lenient": answer_last, "format": answer_format},
             chat_instruction="Work it out step by step, then end with the integer in <answer>...</answer>.",
             max_new_tokens=2048,
             plain="{question}\n{instruction}\n",
+        ),
+        Task(
+            name="math",
+            load=Source(
+                "EleutherAI/hendrycks_math", MATH_SUBJECTS, {"train": "train", "held_out": "test"}, math_example
+            ).load,
+            rewards="boxed_format=0.2,math_accuracy=0.8",
+            metrics={"accuracy": math_accuracy, "lenient": math_lenient, "format": boxed_format},
+            chat_instruction=r"Work it out step by step, then end with the answer in \boxed{...}.",
+            max_new_tokens=1024,
+            plain="{question}\n{instruction}\n",
+        ),
+        Task(
+            name="alpaca",
+            load=Source("tatsu-lab/alpaca", (None,), {"train": "train"}, alpaca_example).load,
+            rewards="judge=1",
+            metrics={"overlap": overlap},
+            chat_instruction="",
+            max_new_tokens=256,
+            plain="### Instruction:\n{question}\n\n### Response:\n",
+        ),
+        Task(
+            name="smoltldr",
+            load=Source("mlabonne/smoltldr", (None,), {"train": "train", "held_out": "test"}, smoltldr_example).load,
+            rewards="token_length=1",
+            metrics={"overlap": overlap},
+            chat_instruction="",
+            max_new_tokens=96,
         ),
     ]
 }
@@ -255,7 +329,7 @@ def find_task(name: str) -> Task:
 def pose(task: Task, example: Example, chat: bool) -> Example:
     """The example as it is asked: one user message that asks for the answer's format too, or the task's plain form."""
     if chat:
-        prompt = [{"role": "user", "content": f"{example.prompt}\n{task.chat_instruction}"}]
+        prompt = [{"role": "user", "content": f"{example.prompt}\n{task.chat_instruction}".strip()}]
     else:
         prompt = task.plain.format(question=example.prompt, instruction=task.chat_instruction)
     return replace(example, prompt=prompt, question=example.prompt)

@@ -107,7 +107,8 @@ def test_rewards_are_weighted_and_a_missing_one_is_the_mean_of_its_group():
     total, means = compute_rewards(mix, examples, rollout, 3)
     torch.testing.assert_close(total, torch.tensor([[1.0, 2.1, 1.7], [0.3, 0.4, 0.5]]))
     stds = {"reward_std/whole": 0.5, "reward_std/other": math.sqrt(3.5)}
-    assert means == pytest.approx({"reward/whole": 1.5, "reward/other": 2.5} | stds)
+    missing = {"missing/whole": 4 / 6}  # before they were filled in
+    assert means == pytest.approx({"reward/whole": 1.5, "reward/other": 2.5} | stds | missing)
 
 
 # --- Update -----------------------------------------------------------------------------------------------------
@@ -289,7 +290,7 @@ def test_best_checkpoint_is_the_best_by_validation(base, tmp_path, small_task, m
 
     monkeypatch.setattr(grpo, "evaluate", scored)
     run = grpo.train(settings(base, tmp_path / "run"))
-    assert (run.progress.best_step, run.progress.best_accuracy, run.progress.stale) == (2, 0.5, 1)
+    assert (run.progress.best_step, run.progress.best_score, run.progress.stale) == (2, 0.5, 1)
     at_two = load_file(tmp_path / "run" / "resume" / "000002" / "weights.safetensors")
     assert same(at_two, load_file(tmp_path / "run" / "model.safetensors"))
 
@@ -575,7 +576,7 @@ def test_a_run_made_before_a_setting_was_there_can_be_continued(finished, tmp_pa
 def test_a_reward_that_never_has_a_say_leaves_no_mean(recwarn):
     rollout = rollout_of(tiny_policy(), EXAMPLES, 2)
     total, means = compute_rewards({"mute": (lambda **_: [None] * 6, 1.0)}, EXAMPLES, rollout, 2)
-    assert not total.any() and means == {} and not recwarn
+    assert not total.any() and means == {"missing/mute": 1.0} and not recwarn
 
 
 @pytest.mark.parametrize("stored", ["{}", '{"settings": 3}', '{"settings": {"epochs": 1}}', "[]", "{"])

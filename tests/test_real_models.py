@@ -18,7 +18,7 @@ import sft
 from inference import load
 from model_toy import HubModel, Llama
 from rewards import UserError
-from tasks import Example
+from tasks import Example, find_task
 
 CPU = torch.device("cpu")
 TEXT = ["What is 17 times 3? Natalia sold clips to 48 of her friends.", "The answer is 51. 0123456789 abc xyz"]
@@ -331,39 +331,87 @@ def command(monkeypatch, module, *words) -> None:
     assert not stopped.value.code
 
 
-@pytest.mark.parametrize(
-    ("kind", "chat", "flags"),
-    [
-        ("qwen2", True, ["--dtype", "bfloat16", "--gradient-checkpointing"]),
-        ("llama3", False, ["--algorithm", "dapo", "--max-resample", "1"]),
-        ("phi3", True, ["--algorithm", "pairwise", "--gradient-checkpointing"]),
-        ("gpt2", False, ["--dtype", "bfloat16", "--exploration-noise", "0.1"]),
-    ],
-)
-def test_gsm8k_end_to_end(shared_data, tmp_path, monkeypatch, capsys, kind, chat, flags):
-    """Fine-tune, train, resume, evaluate, ask, open in `transformers`, on the real records."""
-    base, run = tmp_path / "base", tmp_path / "run"
+def write_data(task: str, shared_data, folder):
+    """Real texts in the schema of the task's source; returns what --data takes."""
+
+    def read(name: str, count: int = 300) -> list[dict]:
+        return [json.loads(line) for line in (shared_data / name).read_text().splitlines()[:count]]
+
+    if task == "gsm8k":
+        return shared_data / "gsm8k"
+    if task == "smoltldr":
+        records = [
+            {"prompt": f"POST: {' '.join(record['source'])}\n\nTL;DR:", "completion": f" {record['target'][0]}"}
+            for record in read("scitldr/train.jsonl")
+        ]
+    elif task == "alpaca":
+        records = [
+            {"instruction": record["instruction"], **record["instances"][0]}
+            for record in read("self_instruct/seed_tasks.jsonl")
+        ]
+        records[0]["output"], records[1]["input"] = "", "<noinput>"
+    else:
+        records = [(record["question"], *record["answer"].split("#### ")) for record in read("gsm8k/train.jsonl")]
+        records = [
+            {"problem": question, "answer": f"{int(number.replace(',', '')):03}"}
+            if task == "aimo"
+            else {"problem": question, "solution": rf"{working}So it is $\boxed{{{number}}}$.", "level": "Level 1"}
+            for question, working, number in records
+        ]
+    path = folder / f"{task}.json"
+    path.write_text(json.dumps(records))
+    return path
+
+
+def follow_recipe(task, shared_data, tmp_path, monkeypatch, capsys, kind: str, chat: bool, flags: list) -> list[dict]:
+    """Fine-tune, train, resume, evaluate, ask, open in `transformers`; returns the lines of metrics."""
+    base, run, fine_tuned = tmp_path / "base", tmp_path / "run", tmp_path / "sft"
     write_checkpoint(base, kind, vocab_size=1024)
-    lines = (shared_data / "gsm8k" / "train.jsonl").read_text().splitlines()[:500]
+    data = ["--task", task, "--data", write_data(task, shared_data, tmp_path), "--limit", 8]
+    lines = data[3].read_text().splitlines() if data[3].is_file() else []
+    lines = lines or (shared_data / "gsm8k" / "train.jsonl").read_text().splitlines()[:500]
     tokenizer = byte_tokenizer(texts=lines, size=1000)
     tokenizer.chat_template = CHATML if chat else None
     tokenizer.save_pretrained(base)
-    data = ["--task", "gsm8k", "--data", shared_data / "gsm8k", "--limit", 8]
-    command(monkeypatch, sft, *data, "--model", base, "--out", tmp_path / "sft", "--epochs", 0.5, "--batch-size", 2)
+    if task == "aimo":  # has answers and no demonstrations
+        fine_tuned = base
+    else:
+        command(monkeypatch, sft, *data, "--model", base, "--out", fine_tuned, "--epochs", 0.5, "--batch-size", 2)
     small = ["--batch-size", 2, "--num-generations", 2, "--max-new-tokens", 12, "--eval-every", 2, "--save-every", 1]
     small += ["--learning-rate", 1e-5]
-    command(monkeypatch, grpo, *data, "--model", tmp_path / "sft", "--out", run, *small, "--steps", 2, *flags)
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [0, 1, 2]
-    assert lines[1]["sampler_gap"] < (0.2 if "bfloat16" in flags else 1e-4) and lines[1]["ratio_max"] == 1
+    command(monkeypatch, grpo, *data, "--model", fine_tuned, "--out", run, *small, "--steps", 2, *flags)
     command(monkeypatch, grpo, "--out", run, "--resume", "--steps", 3)
-    assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 3
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    assert lines[1]["sampler_gap"] < (0.2 if "bfloat16" in flags else 1e-4) and lines[1]["ratio_max"] == 1
     capsys.readouterr()
-    command(monkeypatch, inference, "--eval", *data[:4], "--limit", 4, "--model", base, run, "--max-new-tokens", 8)
-    assert "lenient" in capsys.readouterr().out
-    command(monkeypatch, inference, "What is 17 times 3?", "--task", "gsm8k", "--model", run, "--max-new-tokens", 8)
+    few = ["--limit", 4, "--max-new-tokens", 8, "--report", tmp_path / "report.json"]
+    command(monkeypatch, inference, "--eval", *data[:4], "--model", base, run, *few)
+    results = json.loads((tmp_path / "report.json").read_text())["results"]
+    score = find_task(task).score
+    assert all(r[f"{score}_low"] <= r[score] <= r[f"{score}_high"] and r["problems"] == 4 for r in results.values())
+    out = capsys.readouterr().out
+    assert all(word in out for word in (f"greedy {score}", "truncated", "length"))
+    command(monkeypatch, inference, "What is 17 times 3?", "--task", task, "--model", run, "--max-new-tokens", 8)
     assert AutoModelForCausalLM.from_pretrained(run).config.model_type == KINDS[kind][0].removesuffix("Config").lower()
     assert AutoTokenizer.from_pretrained(run).chat_template == (CHATML if chat else None)
+    return lines
+
+
+@pytest.mark.parametrize(
+    ("task", "kind", "chat", "flags"),
+    [
+        ("gsm8k", "qwen2", True, ["--dtype", "bfloat16", "--gradient-checkpointing"]),
+        ("gsm8k", "gpt2", False, ["--dtype", "bfloat16", "--exploration-noise", "0.1"]),
+        ("gsm8k", "qwen2", True, ["--rewards", "soft=1"]),
+        ("smoltldr", "llama", False, ["--ideal-length", 10]),
+        ("smoltldr", "gemma2", False, ["--rewards", "char_length=1,perplexity=1,overlap=1", "--beta", 0]),
+        ("aimo", "llama3", True, ["--algorithm", "dapo", "--max-resample", "1"]),
+        ("math", "phi3", True, ["--algorithm", "pairwise", "--gradient-checkpointing"]),
+    ],
+)
+def test_the_recipes_end_to_end(task, shared_data, tmp_path, monkeypatch, capsys, kind, chat, flags):
+    follow_recipe(task, shared_data, tmp_path, monkeypatch, capsys, kind, chat, flags)
 
 
 def test_the_dry_run_counts_what_is_there_and_writes_nothing(shared_data, tmp_path, monkeypatch, capsys):
@@ -376,7 +424,7 @@ def test_the_dry_run_counts_what_is_there_and_writes_nothing(shared_data, tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
     policy = load(tmp_path / "base", CPU)
     count = sum(weight.numel() for weight in policy.model.parameters())
-    settings = {"micro_batch_tokens": 1000, "inner_updates": 2, "reference": True}
+    settings = {"micro_batch_tokens": 1000, "inner_updates": 2, "reference": True, "device": CPU}
     plan = inference.plan(policy, 8, 2, 10, 20, **settings)
     size = {name: number for name, (number, _) in plan.parts.items()}
     assert size["weights"] == size["gradients"] == size["reference"] == 4 * count and size["optimizer"] == 8 * count
@@ -390,3 +438,39 @@ def test_the_dry_run_counts_what_is_there_and_writes_nothing(shared_data, tmp_pa
     assert inference.plan(policy, 8, 2, 10, 20, **settings).peak < plan.peak
     small = dataclasses.replace(plan, device_bytes=plan.peak - 1)
     assert "does not fit" in small.table() and "does not fit" not in plan.table()
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "phi3"])
+def test_the_dry_run_needs_no_weights(shared_data, tmp_path, monkeypatch, capsys, kind):
+    """It says the same of a checkpoint whose weights are not there: of a hub's model only the rest is fetched."""
+    write_checkpoint(tmp_path, kind)
+    words = ["--task", "gsm8k", "--data", shared_data / "gsm8k", "--limit", 8, "--model", tmp_path, "--dry-run"]
+    (tmp_path / "model.safetensors").unlink()
+    command(monkeypatch, grpo, *words, "--device", "cpu", "--max-new-tokens", 16)
+    count = sum(weight.numel() for weight in load(tmp_path, torch.device("meta")).model.parameters())
+    reference = AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path))
+    assert count == sum(weight.numel() for weight in reference.parameters())
+    assert "weights" in capsys.readouterr().out
+
+
+def test_the_scorer_is_the_policy_at_the_start_or_another_model(tmp_path):
+    """Mean log-probabilities at temperature 1, of the sampled ids or of the text as the other model's tokens."""
+    write_checkpoint(tmp_path / "a", "qwen2")
+    write_checkpoint(tmp_path / "b", "gpt2", seed=1)
+    policy, other = load(tmp_path / "a", CPU, temperature=2.0), load(tmp_path / "b", CPU)
+    rollout = policy.sample(EXAMPLES, 2, (0, 0, 0), 6)
+    rows = [example for example in EXAMPLES for _ in range(2)]
+    mix = grpo.parse_rewards("perplexity=1")
+    for scorer, same in ((policy, True), (other, False)):
+        inputs = {"scorer": grpo.frozen_scorer(scorer, 64, same)}
+        total, _ = grpo.compute_rewards(mix, EXAMPLES, rollout, 2, inputs)
+        ids = rollout.completion_ids if same else scorer.tokenizer(rollout.texts).input_ids
+        packed = scorer.pack(scorer.encode([example.prompt for example in rows]), ids, rollout.texts)
+        with torch.no_grad():
+            expected = reference_logp(scorer.model.model if not same else hub_view(tmp_path / "a"), packed, 1.0)
+        expected = (expected.sum(1) / packed.mask.sum(1)).exp()
+        torch.testing.assert_close(total.flatten(), expected, rtol=1e-4, atol=0)
+
+
+def hub_view(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

@@ -1,10 +1,14 @@
 """Rewards: exact values for good, bad and hostile completions; mistakes in a reward are named by function and row."""
 
+import math
+import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+import rewards
 from rewards import (
     UserError,
     answer_exact,
@@ -13,11 +17,17 @@ from rewards import (
     answer_near,
     apply_reward,
     boxed_format,
+    char_length,
     hard,
     last_boxed,
+    math_accuracy,
+    math_lenient,
+    overlap,
     parse_rewards,
+    perplexity,
     soft,
     think_format,
+    token_length,
 )
 from tasks import Example
 
@@ -299,3 +309,184 @@ def test_think_format(text, score):
 def test_last_boxed(text, inside):
     assert last_boxed(text) == inside
     assert boxed_format(None, [text]) == [float(inside is not None)]
+
+
+# (gold, answer, equal): what MATH's answers look like, and what policies write
+MATH_PAIRS = [
+    (r"\frac43", r"\frac{4}{3}", 1),
+    (r"\frac43", "4/3", 1),
+    (r"\dfrac{1}{6}", r"\frac16", 1),
+    (r"-\frac{1}{2}", r"\frac{-1}{2}", 1),
+    (r"\frac{-1}{2}", "-0.5", 1),
+    (r"\frac{1}{2}", "0.5", 1),
+    (".5", "0.5", 1),
+    ("0.25", r"\frac14", 1),
+    (r"\frac{1}{3}", "0.33", 0),
+    ("0.333", r"\frac13", 0),
+    (r"1\frac12", r"\frac32", 1),
+    (r"1 \frac{1}{2}", "1.5", 1),
+    (r"2\sqrt{3}", r"\sqrt{12}", 1),
+    (r"2\sqrt3", "3.46", 0),
+    (r"3\pi", r"3\pi", 1),
+    (r"3\pi", "9.42", 0),
+    (r"\pi^2", r"\pi\cdot\pi", 1),
+    (r"90^\circ", "90", 1),
+    ("90", r"90^\circ", 1),
+    (r"10\text{ inches}", "10", 1),
+    ("10", r"10\text{ inches}", 1),
+    ("10", "10 inches", 1),
+    (r"5\text{ cm}^2", "5", 1),
+    (r"12\text{ miles per hour}", "12", 1),
+    (r"96,\!569", "96569", 1),
+    ("24{,}000", "24000", 1),
+    ("24,000", "24000", 1),
+    ("1,080", "1080", 1),
+    (r"\$32", "32", 1),
+    ("32", r"\$32", 1),
+    (r"50\%", "50", 1),
+    ("50", r"50\%", 1),
+    (r"50\%", "0.5", 1),
+    (r"\text{Evelyn}", "Evelyn", 1),
+    (r"\text{Evelyn}", "Bob", 0),
+    (r"\text{Tuesday}", "Tuesday", 1),
+    (r"\text{even}", "odd", 0),
+    (r"\text{(C)}", "C", 1),
+    ("(C)", "C", 1),
+    ("(3,4)", "(3, 4)", 1),
+    ("(3,4)", "(4,3)", 0),
+    ("[2,5)", "[2, 5)", 1),
+    ("[2,5)", "(2,5)", 0),
+    ("[2,5)", "[2,5]", 0),
+    (r"(-\infty,3)", r"(-\infty, 3)", 1),
+    (r"(-\infty,3]\cup[5,\infty)", r"[5,\infty)\cup(-\infty,3]", 1),
+    (r"\{1,2\}", r"\{2,1\}", 1),
+    ("1,2,3", "3,2,1", 1),
+    ("1,2,3", "1,2", 0),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", 1),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}2\\1\end{pmatrix}", 0),
+    ("52_8", "52_{8}", 1),
+    ("52_8", "52_7", 0),
+    ("52_8", "52", 0),
+    ("x=5", "5", 1),
+    ("5", "x=5", 1),
+    ("y=2x+3", "2x+3", 1),
+    ("x^2+2x+1", "(x+1)^2", 1),
+    ("x^2+2x+1", "x^2+2x", 0),
+    ("p - q", "-q+p", 1),
+    ("3+4i", "4i+3", 1),
+    ("3-4i", "3+4i", 0),
+    ("-3", "-3", 1),
+    ("-3", "3", 0),
+    ("025", "25", 1),
+    ("142.0", "142", 1),
+    ("0", "0.0", 1),
+    ("2^{10}", "1024", 1),
+    ("10!", "3628800", 1),
+    (r"\log_2 8", "3", 1),
+    ("10^{100}", "10^{100}+1", 0),
+    ("3", "three", 0),
+    ("2", "1", 0),
+]
+
+
+def test_answers_of_mathematics():
+    """Hand-written pairs, each boxed at the end of a completion; all at once, to name every one that is wrong."""
+    completions = [rf"So the answer is $\boxed{{{answer}}}$." for _, answer, _ in MATH_PAIRS]
+    golds = [gold for gold, _, _ in MATH_PAIRS]
+    scores = math_accuracy(golds, completions, answer=golds)
+    wrong = [pair for pair, score in zip(MATH_PAIRS, scores, strict=True) if score != pair[2]]
+    assert not wrong and len(MATH_PAIRS) >= 60
+
+
+def test_the_lenient_reading_of_mathematics_takes_the_last_number_without_a_box():
+    completions = ["It is 5, or rather 7.", r"7, no: \boxed{5}", "seven", "7 of 9", r"\frac{14}{2} = 7"]
+    assert math_lenient(completions, completions, answer=["7"] * 5) == [1, 0, 0, 0, 1]
+    assert math_accuracy(completions, completions, answer=["7"] * 5) == [0, 0, 0, 0, 0]
+
+
+HOSTILE = [
+    r"\boxed{9**9**9}",
+    r"\boxed{9^{9^{9^9}}}",
+    r"\boxed{(10^9)!}",
+    r"\boxed{" + "(" * 400 + "}",
+    r"\boxed{" + r"\sqrt{" * 70 + "7" + "}" * 71,
+    r"\boxed{" + r"\frac{1}{" * 41 + "7" + "}" * 42,
+    r"\boxed" + "{" * 1_000_000,
+    "[" * 1_000_000,
+    "<answer>" * 100_000,
+    "<think>" * 100_000 + "</think>",
+    r"\boxed{٧}",
+    "<answer>٧</answer>",
+    "\x00\x1b[2J\u202e\\boxed{\x00}",
+    "\ud800",
+    "__import__('os').abort()",
+    r"\boxed{__import__('os').abort()}",
+    r"\boxed{\input{/etc/passwd}}",
+    "9" * 1_000_000,
+    "<answer>1</answer><answer>7</answer>",
+    r"Question: end with \boxed{7}. Answer:" + " no" * 10_000 + r" \boxed{8}",
+]
+
+
+@pytest.mark.parametrize("name", sorted(rewards.REWARDS.keys() - {"judge"}))
+def test_hostile_completions_get_a_score_in_bounded_time(name):
+    """None of them is the right answer, 7; each comparison is stopped after its time, whatever it does."""
+    start, ids = time.monotonic(), [[1, 2, 3]] * len(HOSTILE)
+    columns = {"answer": ["7"] * len(HOSTILE), "reference": ["seven"] * len(HOSTILE), "completion_ids": ids}
+    scorer = lambda prompts, completions, completion_ids: [-1e9] * len(completions)  # noqa: E731
+    scores = rewards.REWARDS[name](prompts=HOSTILE, completions=HOSTILE, scorer=scorer, **columns)
+    assert len(scores) == len(HOSTILE) and all(math.isfinite(score) for score in scores)
+    if name in ("answer_exact", "hard", "math_accuracy"):
+        assert not any(scores)
+    limit = 10 * rewards.COMPARE_SECONDS if name.startswith("math") else 10.0
+    assert time.monotonic() - start < limit
+
+
+def test_a_comparison_that_hangs_is_stopped_and_the_next_one_is_right(monkeypatch):
+    monkeypatch.setattr(rewards, "COMPARE_SECONDS", 1e-4)
+    assert rewards.equal_answers(["2^{11}"], ["2048"]) == [0.0]
+    monkeypatch.setattr(rewards, "COMPARE_SECONDS", 60.0)
+    assert rewards.equal_answers(["2^{11}"], ["2048"]) == [1.0]
+
+
+def test_without_math_verify_the_error_names_it(monkeypatch):
+    monkeypatch.setattr(rewards, "COMPARERS", [rewards.Comparer()])
+    monkeypatch.setattr(sys, "executable", "/bin/true")  # a Python that says nothing and ends
+    rollout = SimpleNamespace(texts=[r"\boxed{0.5}"], completion_ids=[[1]])
+    with pytest.raises(UserError, match="pip install math-verify"):
+        apply_reward("m", math_accuracy, [Example("?", {"answer": "1/2"})], rollout)
+
+
+def test_lengths_are_best_at_the_ideal():
+    """Half as good at twice the length in characters; in tokens an excess counts twice, so a third."""
+    texts = ["a" * n for n in (10, 20, 5, 0)]
+    assert char_length(texts, texts, ideal_length=10) == [1, 1 / 2, 1 / 1.5, 1 / 2]
+    ids = [[0] * n for n in (10, 20, 5, 1)]
+    assert token_length(texts, texts, completion_ids=ids, ideal_length=10) == [1, 1 / 3, 1 / 1.5, 1 / 1.9]
+    assert token_length(texts, texts, completion_ids=[[0] * 50]) == [1]
+
+
+@pytest.mark.parametrize(
+    ("completion", "reference", "score"),
+    [
+        ("The cat sat.", "the cat sat", 1),
+        ("a b", "a b c d", 2 / 3),
+        ("a a a", "a", 1 / 2),
+        ("", "a", 0),
+        ("!?", "a", 0),
+        ([{"role": "assistant", "content": "a"}], "a", 1),
+    ],
+)
+def test_overlap_is_the_f1_of_words(completion, reference, score):
+    assert overlap([""], [completion], reference=[reference]) == [pytest.approx(score)]
+
+
+def test_perplexity_is_what_the_scorer_says():
+    asked = []
+
+    def scorer(prompts, completions, completion_ids):
+        asked.append((prompts, completions, completion_ids))
+        return [0.0, -math.log(4)]
+
+    assert perplexity(["p", "q"], ["a", "b"], [[1], [2]], scorer=scorer) == [1, pytest.approx(1 / 4)]
+    assert asked == [(["p", "q"], ["a", "b"], [[1], [2]])]

@@ -1,0 +1,220 @@
+"""The judge against a real HTTP server on this machine: good, slow, busy, broken and silent; training goes on."""
+
+import contextlib
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from test_real_models import follow_recipe
+
+import grpo
+from rewards import Judge, judge
+from tasks import Example
+
+BEHAVIOURS = {}  # name: what the server does with the n-th call
+
+
+def behaviour(function):
+    BEHAVIOURS[function.__name__] = function
+    return function
+
+
+def reply(handler, text: str) -> None:
+    body = json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]}).encode()
+    send(handler, 200, body)
+
+
+def send(handler, status: int, body: bytes = b"", **headers: str) -> None:
+    handler.send_response(status)
+    for name, value in headers.items():
+        handler.send_header(name.replace("_", "-"), value)
+    handler.send_header("Content-Length", str(len(body)))
+    handler.end_headers()
+    handler.wfile.write(body)
+
+
+@behaviour
+def answers(handler, number):
+    reply(handler, "1" if "good" in handler.asked else "0")
+
+
+@behaviour
+def slow(handler, number):
+    time.sleep(0.2)
+    answers(handler, number)
+
+
+@behaviour
+def busy_at_first(handler, number):
+    send(handler, 429, Retry_After="0") if number % 2 else answers(handler, number)
+
+
+@behaviour
+def fails_at_first(handler, number):
+    send(handler, 500) if number % 2 else answers(handler, number)
+
+
+@behaviour
+def busy(handler, number):
+    send(handler, 429)
+
+
+@behaviour
+def fails(handler, number):
+    send(handler, 500)
+
+
+@behaviour
+def hangs_up(handler, number):
+    handler.close_connection = True
+
+
+@behaviour
+def talks_nonsense(handler, number):
+    send(handler, 200, b'{"choices": [')
+
+
+@behaviour
+def replies_without_choices(handler, number):
+    send(handler, 200, b'{"choices": null}')
+
+
+@behaviour
+def has_no_score(handler, number):
+    reply(handler, ["I like it", "7", "0.5", "-1", "", "1" * 5000][number % 6])
+
+
+@behaviour
+def replies_with_a_list(handler, number):
+    send(handler, 200, json.dumps({"choices": [{"message": {"content": ["1"]}}]}).encode())
+
+
+@behaviour
+def hangs(handler, number):
+    handler.server.closing.wait(10)
+
+
+@behaviour
+def drips(handler, number):
+    handler.send_response(200)
+    handler.end_headers()
+    with contextlib.suppress(OSError):
+        while not handler.server.closing.wait(0.05):
+            handler.wfile.write(b" ")
+
+
+@pytest.fixture
+def server():
+    """A factory of servers with one of the behaviours; `server.bodies` are the calls that came."""
+    running = []
+
+    def start(name: str) -> ThreadingHTTPServer:
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                self.asked = body["messages"][0]["content"]
+                self.server.bodies.append({"path": self.path, "key": self.headers["Authorization"], **body})
+                BEHAVIOURS[name](self, len(self.server.bodies))
+
+            def log_message(self, *_):
+                pass
+
+        made = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        made.bodies, made.closing, made.daemon_threads = [], threading.Event(), True
+        made.url = f"http://127.0.0.1:{made.server_port}/v1"
+        threading.Thread(target=made.serve_forever, daemon=True).start()
+        running.append(made)
+        return made
+
+    yield start
+    for made in running:
+        made.closing.set()
+        made.shutdown()
+        made.server_close()
+
+
+def client(url: str, **more) -> Judge:
+    return Judge(url, "m", **{"seconds": 0.5, "pause": 0.01} | more)
+
+
+@pytest.mark.parametrize("name", ["answers", "slow", "busy_at_first", "fails_at_first"])
+def test_scores_come_back_row_by_row(server, name):
+    """Also where the first call fails; several calls run at once, and equal rows are asked for once."""
+    made = server(name)
+    endpoint = client(made.url, key="secret", calls=1 if "first" in name else 8)
+    completions = ["good"] + [f"bad {i}" for i in range(6)] + ["good", "good one"]
+    start = time.monotonic()
+    assert judge(["q"] * 9, completions, endpoint=endpoint) == [1, 0, 0, 0, 0, 0, 0, 1, 1]
+    assert time.monotonic() - start < 1.0  # eight slow calls one after the other would take 1.6 s
+    assert len(made.bodies) == 8 * (1 + ("first" in name))
+    call = made.bodies[0]
+    assert (call["path"], call["key"], call["model"]) == ("/v1/chat/completions", "Bearer secret", "m")
+    assert "q" in call["messages"][0]["content"] and "0 if" in call["messages"][0]["content"]
+    judge(["q"] * 9, completions, endpoint=endpoint)
+    assert len(made.bodies) == 8 * (1 + ("first" in name))  # kept
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("busy", "fails", "hangs_up", "talks_nonsense", "replies_without_choices", "has_no_score"),
+        *("replies_with_a_list", "hangs", "drips"),
+    ],
+)
+def test_a_call_that_fails_is_no_score(server, name):
+    """None for every row, in bounded time, and the endpoint is left alone once it has failed so often in a row."""
+    made, start = server(name), time.monotonic()
+    endpoint = client(made.url, patience=4, calls=2)
+    assert endpoint(["q"] * 20, [str(i) for i in range(20)]) == [None] * 20
+    assert time.monotonic() - start < 5 and len(made.bodies) <= 6
+    assert not endpoint.scores
+    endpoint(["q"], ["0"])
+    assert len(made.bodies) > 4  # the next batch tries again
+
+
+def test_nobody_listens():
+    assert client("http://127.0.0.1:9/v1")(["q"], ["a"]) == [None]
+
+
+@pytest.mark.parametrize(
+    ("text", "scale", "score"),
+    [("2", 2, 2), ("Score: 1.", 2, 1), ("0 or 1? I say 1", 1, 1), ("2", 1, None), ("1/2", 2, 2), ("٢", 2, None)],
+)
+def test_the_last_number_of_the_reply_is_the_score(server, monkeypatch, text, scale, score):
+    monkeypatch.setitem(BEHAVIOURS, "says", lambda handler, number: reply(handler, text))
+    made = server("says")
+    assert client(made.url, scale=scale, retries=0)(["q"], ["a"]) == [score]
+    assert ("in part" in made.bodies[0]["messages"][0]["content"]) == (scale == 2)
+
+
+def test_missing_scores_are_filled_from_the_group_and_counted(server, random_policy, monkeypatch):
+    """A judge that answers for some rows only: the others get their group's mean, and the share is a metric."""
+
+    @behaviour
+    def picky(handler, number):
+        send(handler, 500) if "7" in handler.asked else reply(handler, "1" if "good" in handler.asked else "0")
+
+    made = server("picky")
+    rollout = random_policy().sample([Example("1+1"), Example("2*2")], 3, (0, 0, 0), 4)
+    rollout.texts = ["good", "bad", "7", "77", "777", "7777"]
+    mix, inputs = grpo.parse_rewards("judge=2"), {"endpoint": client(made.url, patience=100, retries=1)}
+    total, means = grpo.compute_rewards(mix, [Example("1+1"), Example("2*2")], rollout, 3, inputs)
+    assert total.tolist() == [[2, 0, 1], [0, 0, 0]]
+    assert means["missing/judge"] == pytest.approx(4 / 6) and means["reward/judge"] == pytest.approx(0.5)
+    monkeypatch.delitem(BEHAVIOURS, "picky")
+
+
+@pytest.mark.parametrize("name", ["answers", "fails"])
+def test_alpaca_with_a_judge_end_to_end(server, shared_data, tmp_path, monkeypatch, capsys, name):
+    """A judge that fails all the time loses no step: its reward is left out, which is said, and the rate is logged."""
+    made = server(name)
+    monkeypatch.setattr(Judge, "pause", 0.001)
+    flags = ["--judge-url", made.url, "--judge-model", "m", "--judge-scale", 2, "--rewards", "judge=1,token_length=0.1"]
+    lines = follow_recipe("alpaca", shared_data, tmp_path, monkeypatch, capsys, "llama", True, flags)
+    assert len(made.bodies) >= 8
+    if name == "fails":
+        assert all(line["missing/judge"] == 1 for line in lines[1:])
+    else:
+        assert not any("missing/judge" in line for line in lines) and "reward/judge" in lines[1]
