@@ -545,14 +545,19 @@ def frozen_scorer(policy: TokenPolicy, token_budget: int, same_tokens: bool) -> 
     return scorer
 
 
-def reward_inputs(
-    config: GRPOConfig, mix: dict[str, tuple[RewardFunction, float]], policy: TokenPolicy, reference: TokenPolicy | None
-) -> dict:
-    """What the functions of the mix ask for by the name of a parameter; raises UserError for what lacks or idles."""
+def inputs_asked(config: GRPOConfig, mix: dict[str, tuple[RewardFunction, float]]) -> set[str]:
+    """The parameters of the mix's functions; raises UserError for a flag that they lack or that none of them reads."""
     asked = {name for function, _ in mix.values() for name in inspect.signature(function).parameters}
     for flag, name in (("scorer", "scorer"), ("judge_url", "endpoint"), ("ideal_length", "ideal_length")):
         if getattr(config, flag) is not None and name not in asked:
             raise UserError(f"--{flag.replace('_', '-')} does nothing with --rewards {config.rewards}; leave it out")
+    if "endpoint" in asked and config.judge_url is None:
+        raise UserError("--rewards judge needs --judge-url; give it, or other --rewards, as in overlap=1")
+    return asked
+
+
+def reward_inputs(config: GRPOConfig, asked: set[str], policy: TokenPolicy, reference: TokenPolicy | None) -> dict:
+    """What reward functions get by the name of a parameter, besides the examples' columns; raises UserError."""
     inputs = {} if config.ideal_length is None else {"ideal_length": config.ideal_length}
     if "scorer" in asked:
         base = reference if reference and not config.ref_update_every else None
@@ -560,8 +565,6 @@ def reward_inputs(
             base = frozen(load(config.scorer, policy.device, config.dtype))
         inputs["scorer"] = frozen_scorer(base or frozen(policy), config.micro_batch_tokens, not config.scorer)
     if "endpoint" in asked:
-        if config.judge_url is None:
-            raise UserError("--rewards judge needs --judge-url; give it, or other --rewards, as in overlap=1")
         key = os.environ.get("JUDGE_API_KEY", "")
         inputs["endpoint"] = Judge(config.judge_url, config.judge_model, config.judge_scale, key)
     return inputs
@@ -575,6 +578,7 @@ def prepare(config: GRPOConfig) -> Run:
     )
     algorithm, settings = config.resolved_algorithm, dataclasses.asdict(config)
     mix = parse_rewards(config.rewards)
+    asked = inputs_asked(config, mix)
     if algorithm.overlong_buffer:
         mix["overlong-penalty"] = (soft_overlong(config.max_new_tokens, algorithm.overlong_buffer), 1.0)
     sampling = {"temperature": config.temperature, "exploration_noise": config.exploration_noise}
@@ -599,7 +603,7 @@ def prepare(config: GRPOConfig) -> Run:
     reference = None
     if algorithm.beta > 0:
         reference = frozen(policy)
-    inputs = reward_inputs(config, mix, policy, reference)
+    inputs = reward_inputs(config, asked, policy, reference)
     optimizer = torch.optim.AdamW(policy.model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     run = Run(config, task, out, policy, reference, optimizer, data, mix, inputs, Progress())
     if config.resume and (out / "resume").exists():

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 import grpo
 import inference
+import rewards
 import tasks
 from grpo import (
     ALGORITHMS,
@@ -462,6 +463,13 @@ def command(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
         (["--algorithm", "pairwise", "--aggregate", "token"], ["pairwise", "--aggregate sequence"]),
         (["--overlong-buffer", "2"], ["--overlong-buffer", "at most 1"]),
         (["--exploration-noise", "1"], ["--exploration-noise", "below 1"]),
+        (["--rewards", "judge=1"], ["judge", "--judge-url", "overlap=1"]),
+        (["--rewards", "judge=1", "--judge-url", "localhost:8000"], ["--judge-url", "http://"]),
+        (["--judge-url", "http://localhost:8000/v1"], ["--judge-url", "does nothing", "answer_exact"]),
+        (["--scorer", "gpt2"], ["--scorer", "does nothing"]),
+        (["--ideal-length", "9"], ["--ideal-length", "does nothing"]),
+        (["--ideal-length", "0", "--rewards", "char_length=1"], ["--ideal-length", "above 0"]),
+        (["--judge-scale", "3"], ["--judge-scale", "1, 2"]),
         (["--seed", "-1"], ["--seed"]),
         (["--device", "toaster"], ["toaster", "cpu"]),
         (["--model", "no_such_folder"], ["no_such_folder", "grpo.py"]),
@@ -648,3 +656,32 @@ def test_reward_functions_see_what_trl_would_give_them(base, tmp_path, small_tas
     assert seen["prompts"] == [examples[0].prompt] * 2 + [examples[1].prompt] * 2
     assert seen["answer"] == [examples[0].columns["answer"]] * 2 + [examples[1].columns["answer"]] * 2
     assert [policy.tokenizer.decode(ids, skip_special_tokens=True) for ids in seen["ids"]] == seen["completions"]
+
+
+def adaptive(completions, state, **_) -> list[float]:
+    """A reward that changes with every call of a step."""
+    state["calls"] = state.get("calls", 0) + 1
+    return [len(completion) * state["calls"] % 7 for completion in completions]
+
+
+def test_the_state_of_a_reward_is_the_runs_and_looking_on_changes_nothing(base, tmp_path, small_task, monkeypatch):
+    """Four steps are four calls, though validation calls it too; the resumed run goes on from its number."""
+    monkeypatch.setitem(rewards.REWARDS, "adaptive", adaptive)
+    mix = {"rewards": "adaptive=1"}
+    whole = grpo.train(settings(base, tmp_path / "whole", **mix))
+    assert whole.progress.state == {"calls": 4}
+    grpo.train(settings(base, tmp_path / "part", **mix | {"steps": 2}))
+    resumed = grpo.train(settings(base, tmp_path / "part", **mix | {"resume": True}))
+    assert resumed.progress.state == {"calls": 4} and same(weights_of(whole), weights_of(resumed))
+
+
+def test_the_frozen_base_is_the_scorer_even_where_the_reference_moves(base, tmp_path, small_task):
+    for more in ({"beta": 0.0}, {"ref_update_every": 1}, {"temperature": 2.0}):
+        out = tmp_path / "-".join(more)
+        run = grpo.train(settings(base, out, rewards="perplexity=1", learning_rate=0.01, **more))
+        rollout = rollout_of(run.policy, EXAMPLES, 2)
+        total, _ = compute_rewards(run.mix, EXAMPLES, rollout, 2, run.inputs)
+        start = inference.load(base, torch.device("cpu"))
+        with torch.no_grad():
+            expected = (start.log_probs(rollout)[0].sum(1) / rollout.mask.sum(1)).exp()
+        torch.testing.assert_close(total.flatten(), expected, rtol=1e-5, atol=0)

@@ -5,19 +5,22 @@ import hashlib
 import json
 import operator
 import sys
+from types import SimpleNamespace
 
 import pyarrow.parquet
 import pytest
 
-from rewards import UserError, answer_exact, answer_format, answer_last
+from rewards import UserError, answer_exact, answer_format, answer_last, boxed_format
 from tasks import (
     TASKS,
     Example,
     aimo_example,
+    alpaca_example,
     arithmetic,
     find_task,
     gsm8k_example,
     load_task,
+    math_example,
     pose,
     shows_working,
 )
@@ -291,3 +294,63 @@ def test_what_cannot_be_read_says_what_to_do(tmp_path, monkeypatch):
         load_task(find_task("arithmetic"), chat=False, data="x", limit=None)
     with pytest.raises(UserError, match="--worked: task gsm8k"):
         load_task(find_task("gsm8k"), chat=False, worked=0.5)
+
+
+def test_math_has_the_last_box_and_math_500_its_own_answer():
+    """Boxes nest and come several times; a record without one is named."""
+    record = {"problem": "p", "level": "Level 5", "type": "Algebra", "solution": r"\boxed{1} or $\boxed{\frac{1}{2}}$."}
+    example = math_example(record)
+    assert example.columns == {"answer": r"\frac{1}{2}"} and example.demonstrations == (record["solution"],)
+    assert math_example(record | {"answer": " 7 "}).columns == {"answer": "7"}
+    assert boxed_format(None, example.demonstrations) == [1.0]
+    for broken in ("no box", r"\boxed{1", r"\boxed{}"):
+        with pytest.raises(ValueError, match="boxed"):
+            math_example(record | {"solution": broken})
+
+
+@pytest.mark.parametrize(
+    ("given", "prompt"),
+    [("", "Do it."), ("noinput", "Do it."), ("<noinput>", "Do it."), ("No input", "Do it."), (" 3 ", "Do it.\n\n3")],
+)
+def test_alpacas_input_is_often_empty(given, prompt):
+    example = alpaca_example({"instruction": "Do it.", "input": given, "output": " Done. "})
+    assert (example.prompt, example.columns, example.demonstrations) == (prompt, {"reference": "Done."}, ("Done.",))
+
+
+def test_alpaca_without_input_field_and_without_output(tmp_path, capsys):
+    """A record with an empty output is left out, which is said; the field itself may not lack."""
+    records = [{"instruction": f"Do {i}.", "output": "" if i % 10 == 0 else "Done."} for i in range(50)]
+    splits = find_task("alpaca").load(data=write_lines(tmp_path / "alpaca.jsonl", records))
+    assert sum(map(len, splits.values())) == 45
+    assert "5 of 50 records left out" in capsys.readouterr().out
+    del records[7]["output"]
+    with pytest.raises(UserError, match="record 8 lacks 'output'"):
+        find_task("alpaca").load(data=write_lines(tmp_path / "alpaca.jsonl", records))
+
+
+def test_smoltldr_is_asked_as_it_stands(tmp_path):
+    records = [{"prompt": f"POST {i} TL;DR:", "completion": f" It is {i}."} for i in range(40)]
+    data = write_lines(tmp_path / "smoltldr.jsonl", records)
+    example = load_task(find_task("smoltldr"), chat=False, data=data)["train"][0]
+    assert example.prompt == example.question and example.demonstrations == (example.columns["reference"],)
+    (message,) = load_task(find_task("smoltldr"), chat=True, data=data)["train"][0].prompt
+    assert message == {"role": "user", "content": example.question}
+
+
+@pytest.mark.parametrize("name", [name for name, task in TASKS.items() if not task.toy])
+def test_from_the_hub_come_all_parts_of_a_source(name, monkeypatch):
+    """What is asked of the package datasets: every configuration and split, such as the seven subjects of MATH."""
+    calls = []
+    fields = {"question": "q{}", "answer": "#### {}", "problem": "p{}", "prompt": "p{}", "completion": "c"}
+    fields |= {"instruction": "i{}", "output": "o", "solution": r"\boxed{{{}}}"}
+    fields |= {"answer": "{}"} if name in ("aimo", "math") else {}
+
+    def load_dataset(hub, config, split):
+        calls.append((hub, config, split))
+        rows = [{key: value.format(len(calls) * 100 + i) for key, value in fields.items()} for i in range(20)]
+        return SimpleNamespace(to_list=lambda: rows)
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    splits = find_task(name).load()
+    assert sum(map(len, splits.values())) == 20 * len(calls) and len({hub for hub, _, _ in calls}) == 1
+    assert len(calls) == {"math": 14, "gsm8k": 2, "smoltldr": 2}.get(name, 1)
