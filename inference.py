@@ -17,6 +17,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -510,6 +511,7 @@ def load_hub_model(folder: Path, unfit: Exception, weights: bool = True) -> HubM
     from transformers import AutoConfig, AutoModelForCausalLM, logging
 
     logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of names in its next version
     options = {"dtype": torch.float32, "trust_remote_code": False, "use_safetensors": True, "local_files_only": True}
     try:
         if not weights:
