@@ -1,10 +1,15 @@
-"""Draw one run, or the mean over several (seeds of one setting): `training` has every curve, `accuracy` the result."""
+"""Draw one run, or the mean over several (seeds of one setting): `training` has every curve, `accuracy` the result.
+
+Runs of several settings are compared instead: `comparison` has their curves and results, as a figure and as tables.
+"""
 
 import argparse
+import csv
 import json
 import os
+import re
 import sys
-from collections import namedtuple
+from collections import Counter, namedtuple
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,7 +20,11 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 # Laid over matplotlib's defaults, not the reader's matplotlibrc: Okabe and Ito's palette for colour-blind readers, a
 # salt that makes an SVG the same at every redraw, no parse_math, so that a `$` in a reward function's name stays one.
-STYLE = {"axes.prop_cycle": matplotlib.cycler(color=["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"])}
+STYLE = {
+    "axes.prop_cycle": matplotlib.cycler(
+        color=["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+    )
+}
 STYLE |= {"svg.hashsalt": "grpo", "text.parse_math": False, "font.size": 9, "axes.titlesize": 9.5, "axes.grid": True}
 STYLE |= {"axes.titlelocation": "left", "axes.spines.right": False, "axes.spines.top": False, "grid.color": "#E8E8E8"}
 STYLE |= {"axes.edgecolor": "#B0B0B0", "xtick.color": "dimgray", "ytick.color": "dimgray", "legend.frameon": False}
@@ -30,7 +39,23 @@ PANELS = {  # letter in the layout: title, metrics
 }
 NAMES = {"accuracy": "sampled, training", "validation_accuracy": "greedy, validation"}  # in the legend, for a metric
 NAMES |= {"clip_low": "ratio too low", "clip_high": "ratio too high"}
-Run = namedtuple("Run", "metrics evaluation settings")  # [{metric: float}], dict, dict: the files of a run folder
+SUMMARIES = {
+    "S": ("accuracy against reward (diamond: the end)", "reward, as trained on"),
+    "B": ("held-out accuracy, last policy, T = 1", ""),
+}
+CURVES = {  # letter in the layout of a comparison: title, metric
+    "A": ("validation accuracy, sampled (T = 1)", "validation_sampled_accuracy"),
+    "W": ("completions that show working", "working"),
+    "E": ("entropy (nats per token)", "entropy"),
+    "L": ("completion length (tokens)", "length"),
+}
+LAST = {"reward": "reward", "kl": "KL", "entropy": "entropy", "working": "shows working", "length": "length"}
+# Settings that do not make a run another experiment; `model` counts without the run's own seed in its name.
+NOT_SETTINGS = {"seed", "out", "resume", "overwrite", "dry_run", "save_every", "device", "micro_batch_tokens"}
+# Student's t, 97.5 % quantile for 1 to 30 degrees of freedom; beyond, the normal distribution's is near enough.
+T_95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]
+T_95 += [2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042]
+Run = namedtuple("Run", "metrics evaluation settings folder")  # [{metric: float}], dict, dict: a run folder's files
 Band = namedtuple("Band", "steps mean sd n")  # arrays (S,) over seeds; n counts the runs with a finite value at a step
 
 
@@ -59,7 +84,7 @@ def read_run(folder: Path) -> Run:
     for name in files:
         with suppress(OSError, ValueError, TypeError):  # not there yet, or not whole
             files[name] = dict(json.loads((folder / name).read_text(encoding="utf-8")))
-    return Run(metrics, files["evaluation.json"], files["run.json"].get("settings", {}))
+    return Run(metrics, files["evaluation.json"], files["run.json"].get("settings", {}), folder)
 
 
 def ema(values: np.ndarray, smooth: float) -> np.ndarray:
@@ -162,9 +187,171 @@ def accuracy_figure(runs: list[Run]) -> Figure:
     return figure
 
 
-def plot(runs: list[Path], out: Path, smooth: float = 0.6) -> list[Path]:
-    """Draw the runs that can be drawn into out, name the others on stderr; raises PlotError when none can."""
-    usable, errors, written = [], [], []
+def group_runs(runs: list[Run]) -> dict[str, list[Run]]:
+    """Return the runs by setting, each named by what tells it from the others; seeds of a setting stand together."""
+
+    def value(run: Run, key: str) -> object:
+        value, seed = run.settings.get(key), run.settings.get("seed")
+        return re.sub(rf"(?<!\d){seed}(?!\d)", "*", value) if isinstance(value, str) else value
+
+    shared = [key for key in runs[0].settings if all(key in run.settings for run in runs) and key not in NOT_SETTINGS]
+    differ = [key for key in shared if len({str(value(run, key)) for run in runs}) > 1]
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        values = {key: value(run, key) for key in differ}
+        names = (v if isinstance(v, str) else f"{key.replace('_', ' ')} {v}" for key, v in values.items())
+        groups.setdefault(", ".join(names), []).append(run)
+    return groups
+
+
+def t_interval(values: np.ndarray) -> tuple[float, float, float]:
+    """Return mean, sd and half of the 95 % interval of the mean (Student's t); the last two NaN for fewer than two."""
+    if len(values) < 2:
+        return (float(values[0]) if len(values) else np.nan), np.nan, np.nan
+    sd = float(values.std(ddof=1))
+    return float(values.mean()), sd, (T_95[len(values) - 2] if len(values) <= 31 else 1.96) * sd / len(values) ** 0.5
+
+
+def samples_to(run: Run, share: float = 0.9) -> float:
+    """Return how many completions were sampled until this share of a step's was right, NaN if it never was."""
+    total = 0.0
+    for record in run.metrics:
+        total += record.get("samples", 0.0)
+        if record.get("accuracy", 0.0) >= share:
+            return total
+    return np.nan
+
+
+def at_the_end(run: Run, key: str) -> float:
+    """Return the mean of a metric over the last five steps that have it, NaN if none has."""
+    values = [record[key] for record in run.metrics if np.isfinite(record.get(key, np.nan))][-5:]
+    return float(np.mean(values)) if values else np.nan
+
+
+def result(run: Run, key: str) -> float:
+    """Return a measure of the last policy on the held-out problems, NaN for a run that has not ended."""
+    value = (run.evaluation.get("last") or {}).get(key)
+    return np.nan if value is None else float(value)
+
+
+def compare(groups: dict[str, list[Run]], baseline: str) -> list[dict[str, float | str]]:
+    """Return a row for each setting: mean and sd of every measure over its runs, and the paired difference.
+
+    The difference of the held-out accuracy at T = 1 is taken seed by seed from the baseline's; low and high are its
+    95 % interval. `samples_to_90` is the mean over the runs that got there, `reached_90` counts them.
+    """
+    base = {run.settings.get("seed"): result(run, "sampled_accuracy") for run in groups[baseline]}
+    rows = []
+    for name, runs in groups.items():
+        ended = [run for run in runs if np.isfinite(result(run, "sampled_accuracy"))]
+        columns = {"held_out": [result(run, "sampled_accuracy") for run in ended]}
+        columns["held_out_greedy"] = [result(run, "accuracy") for run in ended]
+        columns |= {key: [at_the_end(run, key) for run in runs] for key in LAST}
+        counts = np.array([samples_to(run) for run in runs])
+        columns["samples_to_90"] = counts[np.isfinite(counts)]
+        row = {"setting": name, "runs": len(ended), "reached_90": len(columns["samples_to_90"])}
+        for key, values in columns.items():
+            row[key], row[f"{key}_sd"], _ = t_interval(np.array(values, float))
+        pairs = [result(run, "sampled_accuracy") - base.get(run.settings.get("seed"), np.nan) for run in ended]
+        mean, _, half = t_interval(np.array([pair for pair in pairs if np.isfinite(pair)]))
+        rows.append(row | {"difference": mean, "difference_low": mean - half, "difference_high": mean + half})
+    return rows
+
+
+def markdown(rows: list[dict[str, float | str]], baseline: str) -> str:
+    """Return the rows of `compare` as a Markdown table, ± being the sd over runs."""
+
+    def cell(row: dict, key: str, form: str) -> str:
+        spread = f" ± {row[f'{key}_sd']:{form}}" if np.isfinite(row[f"{key}_sd"]) else ""
+        return f"{row[key]:{form}}{spread}" if np.isfinite(row[key]) else "–"
+
+    forms = {"held_out": ".1%", "held_out_greedy": ".1%"}
+    heads = ["", "runs", "held-out, T = 1", "held-out, greedy", f"difference to {baseline}, T = 1", "samples to 90 %"]
+    lines = [[*heads, *LAST.values()]]
+    for row in rows:
+        low, high = row["difference_low"], row["difference_high"]
+        interval = f" [{100 * low:+.1f}, {100 * high:+.1f}]" if np.isfinite(low) else ""
+        difference = f"{100 * row['difference']:+.1f}{interval}" if np.isfinite(row["difference"]) else "–"
+        samples = f"{row['samples_to_90']:,.0f} ({row['reached_90']} runs)" if row["reached_90"] else "never"
+        cells = [row["setting"], str(row["runs"]), *(cell(row, key, form) for key, form in forms.items())]
+        measures = (cell(row, key, ".0%" if key == "working" else ".3g") for key in LAST)
+        lines.append([*cells, "–" if row["setting"] == baseline else difference, samples, *measures])
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "".join(f"| {' | '.join(text.replace('|', '/') for text in line)} |\n" for line in lines)
+
+
+def comparison_figure(groups: dict[str, list[Run]]) -> Figure:
+    """Return the figure of several settings: curves with a band over seeds, held-out bars, accuracy against reward."""
+    figure = Figure((13, 7), dpi=150, layout="constrained")
+    axes = figure.subplot_mosaic("ABS;WEL")
+    for i, (name, runs) in enumerate(groups.items()):
+        colour = f"C{i % 7}"
+        for letter, (_, key) in CURVES.items():
+            band = metric(runs, key, 0.6)
+            if band.n.any():
+                draw(axes[letter], band, colour, label=name, linewidth=1.6)
+        values = np.array([result(run, "sampled_accuracy") for run in runs])
+        mean, _, half = t_interval(values[np.isfinite(values)])
+        error = half if np.isfinite(half) else None
+        axes["B"].bar(i, mean, color=colour, alpha=0.8, yerr=error, error_kw={"capsize": 3, "linewidth": 1})
+        axes["B"].annotate(f"{mean:.0%}" if np.isfinite(mean) else "none", (i, 0.02), ha="center", color="white")
+        bands = [metric(runs, key, 0.6).mean for key in ("reward", "accuracy")]
+        axes["S"].plot(*bands, "-", color=colour, linewidth=0.8, alpha=0.6)
+        axes["S"].plot(*bands, ".", color=colour, markersize=4)
+        known = np.flatnonzero(np.isfinite(bands[0]) & np.isfinite(bands[1]))
+        if len(known):
+            axes["S"].plot(bands[0][known[-1]], bands[1][known[-1]], "D", color=colour, label=name)
+    for letter, ax in axes.items():
+        title, label = SUMMARIES.get(letter) or (CURVES[letter][0], "step (one rollout)")
+        ax.set(title=title, xlabel=label)
+        if letter in "ABSW":
+            ax.set_ylim(0, 1.01)
+            ax.yaxis.set_major_formatter(PercentFormatter(1))
+    axes["A"].legend()
+    axes["S"].set_ylabel("accuracy of the samples")
+    axes["B"].set_axisbelow(True)
+    axes["B"].set_xticks(range(len(groups)), list(groups), rotation=30, ha="right")
+    counts = sorted({len(runs) for runs in groups.values()})
+    count = f"{counts[0]} run(s)" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} runs"
+    tasks = {str(run.settings.get("task")) for runs in groups.values() for run in runs}
+    title = f"{' and '.join(tasks)}: {count} of each setting; bands ±1 sd, bars 95 % interval of the mean"
+    figure.suptitle(title, x=0.01, ha="left")
+    return figure
+
+
+def same_task(runs: list[Run]) -> list[Run]:
+    """Return the runs of the task that most of them have, and name the others on stderr."""
+    tasks = Counter(run.settings.get("task") for run in runs)
+    kept = tasks.most_common(1)[0][0]
+    for run in runs:
+        if run.settings.get("task") != kept:
+            other = run.settings.get("task")
+            print(
+                f"plot_metrics.py: skipped: {run.folder} is of task {other}, not {kept}: compare it alone",
+                file=sys.stderr,
+            )
+    return [run for run in runs if run.settings.get("task") == kept]
+
+
+def remarks(groups: dict[str, list[Run]]) -> list[str]:
+    """Return what a reader of the comparison must know: runs that have not ended, and those of different length."""
+    lines = []
+    for name, runs in groups.items():
+        steps = sorted({run.metrics[-1]["step"] for run in runs})
+        if len(steps) > 1:
+            lines.append(f"{name}: its runs have different lengths, {steps[0]} to {steps[-1]} steps")
+        for run in runs:
+            if not np.isfinite(result(run, "sampled_accuracy")):
+                lines.append(f"{run.folder} has not ended: its curves are drawn, its held-out result is missing")
+    return lines
+
+
+def plot(runs: list[Path], out: Path, smooth: float = 0.6, baseline: str | None = None) -> list[Path]:
+    """Draw the runs that can be drawn into out, name the others on stderr; raises PlotError when none can.
+
+    Runs of one setting give the figures `training` and `accuracy`, runs of several the `comparison`.
+    """
+    usable, errors = [], []
     for folder in dict.fromkeys(runs):  # a folder named twice is one seed
         try:
             usable.append(read_run(folder))
@@ -173,13 +360,35 @@ def plot(runs: list[Path], out: Path, smooth: float = 0.6) -> list[Path]:
     if not usable:
         raise PlotError("; ".join(errors))
     sys.stderr.writelines(f"plot_metrics.py: skipped: {error}\n" for error in errors)
+    usable = same_task(usable)
+    groups = group_runs(usable)
+    baseline = next(iter(groups)) if baseline is None else baseline
+    if baseline not in groups and len(groups) > 1:
+        raise PlotError(f"no setting is named {baseline!r}: --baseline is one of {', '.join(map(repr, groups))}")
     out.mkdir(parents=True, exist_ok=True)
     with matplotlib.style.context(["default", STYLE]):
-        for name, figure in (("training", training_figure(usable, smooth)), ("accuracy", accuracy_figure(usable))):
-            for kind in ("png", "svg"):
-                partial = out / f".{name}.{kind}.{os.getpid()}"
-                figure.savefig(partial, format=kind, metadata={"Date": None})
-                written.append(partial.replace(out / f"{name}.{kind}"))
+        if len(groups) == 1:
+            figures = {"training": training_figure(usable, smooth), "accuracy": accuracy_figure(usable)}
+            return save_figures(figures, out)
+        sys.stderr.writelines(f"plot_metrics.py: note: {line}\n" for line in remarks(groups))
+        written = save_figures({"comparison": comparison_figure(groups)}, out)
+    rows = compare(groups, baseline)
+    (out / "comparison.md").write_text(markdown(rows, baseline), encoding="utf-8")
+    with open(out / "comparison.csv", "w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
+    return [*written, out / "comparison.md", out / "comparison.csv"]
+
+
+def save_figures(figures: dict[str, Figure], out: Path) -> list[Path]:
+    """Write each figure as PNG and SVG, whole or not at all."""
+    written = []
+    for name, figure in figures.items():
+        for kind in ("png", "svg"):
+            partial = out / f".{name}.{kind}.{os.getpid()}"
+            figure.savefig(partial, format=kind, metadata={"Date": None})
+            written.append(partial.replace(out / f"{name}.{kind}"))
     return written
 
 
@@ -191,11 +400,15 @@ def main() -> None:
     add("RUN", nargs="*", type=Path, default=[Path("saved_model")], help="run folders to draw (default: saved_model)")
     add("--out", type=Path, help="folder for the figures (default: the RUN itself; for several, `figures`)")
     add("--smooth", type=float, default=0.6, help="weight of the past in the moving average (default: %(default)s)")
+    add("--baseline", help="setting that others are compared with, as the table names it (default: the first)")
     args = parser.parse_args()
     if not 0 <= args.smooth < 1:
         parser.error(f"--smooth {args.smooth:g} is no weight: give a number from 0 to below 1")
     try:
-        print(*plot(args.RUN, args.out or Path("figures" if args.RUN[1:] else args.RUN[0]), args.smooth), sep="\n")
+        print(
+            *plot(args.RUN, args.out or Path("figures" if args.RUN[1:] else args.RUN[0]), args.smooth, args.baseline),
+            sep="\n",
+        )
     except PlotError as error:
         parser.error(str(error))
     except OSError as error:

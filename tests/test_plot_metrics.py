@@ -304,3 +304,111 @@ def test_help_states_the_defaults_and_nothing_heavy_is_imported(tmp_path):
     code = f"import plot_metrics, sys; print([name for name in {names} if name in sys.modules])"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent, capture_output=True, text=True)
     assert loaded.stdout.strip() == "[]"
+
+
+# --- Comparisons ----------------------------------------------------------------------------------------------------
+
+
+def write_setting(folder: Path, seed: int, held_out: float | None, rewards=(0.1, 0.2), **settings) -> Path:
+    """A run of one setting; `accuracy` is 0.1, 0.2, ... and 64 completions are sampled a step."""
+    evaluation = {"base": {}} if held_out is None else {"last": {"sampled_accuracy": held_out, "accuracy": held_out}}
+    settings = {"task": "arithmetic", "model": f"base/seed{seed}", "seed": seed, "out": str(folder)} | settings
+    write_run(folder, list(rewards), run={"settings": settings}, evaluation=evaluation)
+    path = folder / "metrics.jsonl"
+    lines = [json.loads(text) | {"samples": 64} for text in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(record | ({} if record["step"] else {"samples": 0})) + "\n" for record in lines))
+    return folder
+
+
+def two_settings(tmp_path: Path) -> list[Path]:
+    folders = [write_setting(tmp_path / f"a{i}", i, v, algorithm="grpo") for i, v in enumerate((0.5, 0.6, 0.7))]
+    return folders + [write_setting(tmp_path / f"b{i}", i, v, algorithm="rloo") for i, v in enumerate((0.6, 0.6, 0.9))]
+
+
+def test_runs_are_grouped_by_what_differs_but_the_seed(tmp_path):
+    runs = [plot_metrics.read_run(folder) for folder in two_settings(tmp_path)]
+    groups = plot_metrics.group_runs(runs)
+    assert {name: [run.settings["seed"] for run in group] for name, group in groups.items()} == {
+        "grpo": [0, 1, 2],
+        "rloo": [0, 1, 2],
+    }
+    for i, run in enumerate(runs):
+        run.settings["beta"] = 0.1 * (i % 2)
+    assert list(plot_metrics.group_runs(runs)) == [
+        "grpo, beta 0.0",
+        "grpo, beta 0.1",
+        "rloo, beta 0.1",
+        "rloo, beta 0.0",
+    ]
+    del runs[0].settings["beta"]  # of an older program: what some runs do not have tells nothing apart
+    assert list(plot_metrics.group_runs(runs)) == ["grpo", "rloo"]
+    runs[0].settings["model"] = "another/seed0"
+    assert len(plot_metrics.group_runs(runs)) == 3
+    assert list(plot_metrics.group_runs(runs[1:2])) == [""]
+
+
+def test_the_statistics_of_a_comparison_by_hand(tmp_path):
+    """Means 0.6 and 0.7; paired differences 0.1, 0, 0.2: sd 0.1, half an interval 4.303 * 0.1 / sqrt(3)."""
+    groups = plot_metrics.group_runs([plot_metrics.read_run(folder) for folder in two_settings(tmp_path)])
+    first, second = plot_metrics.compare(groups, "grpo")
+    assert (first["held_out"], first["held_out_sd"], first["runs"]) == (pytest.approx(0.6), pytest.approx(0.1), 3)
+    assert first["difference"] == 0 and second["difference"] == pytest.approx(0.1)
+    half = 4.303 * 0.1 / 3**0.5
+    assert second["difference_low"] == pytest.approx(0.1 - half)
+    assert second["difference_high"] == pytest.approx(0.1 + half)
+    assert second["reward"] == pytest.approx(0.15) and second["reward_sd"] == pytest.approx(0)
+    assert second["reached_90"] == 0 and np.isnan(second["samples_to_90"])
+    text = plot_metrics.markdown([first, second], "grpo").splitlines()
+    assert text[2].startswith("| grpo | 3 | 60.0% ± 10.0% |") and "| – | never |" in text[2]
+    assert "| +10.0 [-14.8, +34.8] | never |" in text[3]
+
+
+@pytest.mark.parametrize(("n", "quantile"), [(2, 12.706), (3, 4.303), (5, 2.776), (31, 2.042), (32, 1.96)])
+def test_students_interval(n, quantile):
+    """Against the table that textbooks print; tried out: of 4,000 samples of normal numbers 95 % hold their mean."""
+    values = np.random.default_rng(0).normal(size=(4000, n))
+    mean, sd, half = plot_metrics.t_interval(values[0])
+    assert half == pytest.approx(quantile * sd / n**0.5) and mean == pytest.approx(values[0].mean())
+    held = np.mean([abs(row.mean()) <= plot_metrics.t_interval(row)[2] for row in values])
+    assert held == pytest.approx(0.95, abs=0.012)
+    assert np.isnan(plot_metrics.t_interval(values[0, :1])[1:]).all()
+
+
+def test_samples_to_nine_in_ten(tmp_path):
+    runs = [plot_metrics.read_run(write_setting(tmp_path / f"r{n}", 0, 0.5, [0.1] * n)) for n in (8, 9, 12)]
+    np.testing.assert_array_equal([plot_metrics.samples_to(run) for run in runs], [NAN, 9 * 64, 9 * 64])
+
+
+def test_the_command_compares_and_names_what_is_wrong(tmp_path):
+    """An unfinished run, one of another task, one without metrics, one cut in mid-line: the rest is still drawn."""
+    folders = two_settings(tmp_path)
+    write_setting(tmp_path / "unfinished", 3, None, [0.1], algorithm="rloo")
+    write_setting(tmp_path / "other", 0, 0.5, task="gsm8k", algorithm="grpo")
+    (tmp_path / "empty").mkdir()
+    with open(folders[0] / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "rew')
+    names = [*folders, *(tmp_path / name for name in ("unfinished", "other", "empty"))]
+    result = command(*names, "--out", tmp_path / "out", "--baseline", "rloo", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        *("comparison.csv", "comparison.md", "comparison.png", "comparison.svg"),
+    ]
+    for words in ("other is of task gsm8k", "unfinished has not ended", "different lengths, 1 to 2", "empty"):
+        assert words in result.stderr
+    assert "| rloo | 3 |" in (tmp_path / "out" / "comparison.md").read_text()
+    csv_lines = (tmp_path / "out" / "comparison.csv").read_text().splitlines()
+    assert csv_lines[0].startswith("setting,runs,reached_90,held_out,held_out_sd") and len(csv_lines) == 3
+    wrong = command(*folders, "--out", tmp_path / "x", "--baseline", "ppo", cwd=tmp_path)
+    assert_one_line_error(wrong, "ppo", "--baseline", "'grpo', 'rloo'")
+    assert not (tmp_path / "x").exists()
+
+
+def test_bars_and_scatter_show_the_runs(tmp_path):
+    groups = plot_metrics.group_runs([plot_metrics.read_run(folder) for folder in two_settings(tmp_path)])
+    figure = plot_metrics.comparison_figure(groups)
+    bars = panel(figure, "held-out accuracy")
+    assert [patch.get_height() for patch in bars.patches] == pytest.approx([0.6, 0.7])
+    scatter = panel(figure, "accuracy against reward")
+    end = next(line for line in scatter.lines if line.get_label() == "rloo")
+    smooth = plot_metrics.ema(np.array([0.1, 0.2]), 0.6)[1]
+    assert (float(end.get_xdata()[0]), float(end.get_ydata()[0])) == pytest.approx((smooth, smooth))
