@@ -24,6 +24,7 @@ Rewards and advantages are (P, G) until the update; tokens are (B, T).
 import copy
 import dataclasses
 import inspect
+import json
 import os
 import shlex
 import statistics
@@ -42,15 +43,19 @@ from tqdm import tqdm
 import plot_metrics
 import sft
 from inference import (
+    GaussianPolicy,
     Interrupt,
+    Policy,
     Rollout,
     TokenPolicy,
     append_json,
     check_dtype,
+    check_policy,
     choose_device,
     continue_command,
     evaluate,
     join,
+    known_means,
     load,
     load_state,
     micro_batches,
@@ -65,10 +70,21 @@ from inference import (
     run_main,
     save,
     save_state,
+    show_number,
     start_run,
     write_json,
 )
-from rewards import LEVELS, Judge, RewardFunction, UserError, apply_reward, parse_rewards, soft_overlong, text_of
+from rewards import (
+    LEVELS,
+    Judge,
+    RewardFunction,
+    UserError,
+    accepted,
+    apply_reward,
+    parse_rewards,
+    soft_overlong,
+    text_of,
+)
 from tasks import Example, Task, find_task, load_task
 
 
@@ -158,7 +174,13 @@ class GRPOConfig:
     preference_strength: float | None = cell("Strength s of a pairwise preference")
     ref_update_every: int | None = option(None, "Take the policy as new reference every so many steps. Default: never.")
     temperature: float = option(1.0, "Sampling temperature, of the policy and of the reference alike.")
-    exploration_noise: float = option(0.0, "Share of a uniform distribution over the vocabulary mixed into the policy.")
+    policy: str = option("transformer", "What is made without --model: transformer or autoencoder (odd_even only).")
+    exploration_noise: float | None = option(
+        None,
+        "Share of a uniform distribution over the vocabulary mixed into the policy; for an autoencoder, its standard "
+        "deviation. Default: 0, and 1.",
+    )
+    even_bonus: float | None = option(None, "What even_bonus gives, and even_adaptive at first. Default: 0.2.")
     max_new_tokens: int | None = option(None, "Longest completion, in tokens. Default: the task's.")
     rewards: str | None = option(None, "NAME=WEIGHT,... or FILE.py:FUNCTION=WEIGHT. Default: the task's mix.")
     ideal_length: int | None = option(
@@ -194,8 +216,9 @@ class GRPOConfig:
         check_dtype(self.dtype)
         if self.algorithm not in ALGORITHMS:
             raise UserError(f"--algorithm: no algorithm {self.algorithm!r}; there is {', '.join(ALGORITHMS)}")
-        if self.exploration_noise >= 1:
-            raise UserError(f"--exploration-noise is {self.exploration_noise}; it must be below 1")
+        check_policy(self.policy)
+        if self.policy == "transformer" and (self.exploration_noise or 0.0) >= 1:
+            raise UserError(f"--exploration-noise is {self.exploration_noise}, a share; it must be below 1")
         if self.judge_url is not None and not self.judge_url.startswith(("http://", "https://")):
             raise UserError(f"--judge-url is {self.judge_url!r}; it begins with http:// or https://")
         if self.judge_scale not in LEVELS:
@@ -361,7 +384,7 @@ def compute_rewards(
     for name, (function, weight) in mix.items():
         values = [float("nan") if v is None else v for v in apply_reward(name, function, rows, rollout, **inputs or {})]
         values = torch.tensor(values, dtype=torch.float64).view(-1, group_size)
-        if values.isnan().any():
+        if values.isnan().any() or "endpoint" in inspect.signature(function).parameters:
             means[f"missing/{name}"] = values.isnan().double().mean().item()
         values = torch.where(values.isnan(), values.nanmean(1, keepdim=True), values)
         total += weight * values.nan_to_num(0.0)
@@ -371,7 +394,7 @@ def compute_rewards(
     return total.float(), means
 
 
-def descend(policy: TokenPolicy, optimizer: torch.optim.Optimizer, loss: float, largest: float) -> float:
+def descend(policy: Policy, optimizer: torch.optim.Optimizer, loss: float, largest: float) -> float:
     """Take an optimizer step along the clipped gradient and return its norm before clipping.
 
     Raises FloatingPointError, before the optimizer moves, if the loss or the gradient is not finite.
@@ -384,7 +407,7 @@ def descend(policy: TokenPolicy, optimizer: torch.optim.Optimizer, loss: float, 
     return norm
 
 
-def mean_log_probs(policy: TokenPolicy, batches: list[torch.Tensor], parts: list[Rollout]) -> torch.Tensor:
+def mean_log_probs(policy: Policy, batches: list[torch.Tensor], parts: list[Rollout]) -> torch.Tensor:
     """Mean log-probability per token (B,) of each completion under the policy as it is now, without gradient."""
     with torch.no_grad():
         means = torch.cat([policy.log_probs(part)[0].sum(1) / part.mask.sum(1) for part in parts])
@@ -392,8 +415,8 @@ def mean_log_probs(policy: TokenPolicy, batches: list[torch.Tensor], parts: list
 
 
 def update(
-    policy: TokenPolicy,
-    reference: TokenPolicy | None,
+    policy: Policy,
+    reference: Policy | None,
     optimizer: torch.optim.Optimizer,
     rollout: Rollout,
     rewards: torch.Tensor,
@@ -424,6 +447,8 @@ def update(
             loss, stats = policy_loss(
                 logp, old_logps[i], advantages[rows], part.mask, algorithm, ref_logps[i], denominator
             )
+            if reference and isinstance(policy, GaussianPolicy):
+                stats["kl"] = policy.kl(reference, part).sum()
             loss.backward()
             losses[-1] += loss.item()
             ratio_max = max(ratio_max, stats.pop("ratio_max").item())
@@ -443,10 +468,11 @@ def rollout_metrics(rollout: Rollout, rewards: torch.Tensor, examples: list[Exam
     """What is measured on the sampled completions and their rewards (P, G), before any update."""
     rows = [example for example in examples for _ in range(rewards.shape[1])]
     lengths = rollout.mask.sum(1).float()
+    metrics = {name: function for name, function in task.metrics.items() if name != "reward"}  # which is measured
     return {
         "reward": rewards.mean().item(),
         "reward_std": rewards.std().item(),
-        **{name: statistics.fmean(apply_reward(name, f, rows, rollout)) for name, f in task.metrics.items()},
+        **known_means({name: apply_reward(name, f, rows, rollout) for name, f in metrics.items()}),
         "zero_std_groups": is_flat(rewards).float().mean().item(),
         "truncated": rollout.truncated.float().mean().item(),
         **{"length": lengths.mean().item(), "length_min": lengths.min().item(), "length_max": lengths.max().item()},
@@ -499,8 +525,8 @@ class Run:
     config: GRPOConfig
     task: Task
     out: Path
-    policy: TokenPolicy
-    reference: TokenPolicy | None
+    policy: Policy
+    reference: Policy | None
     optimizer: torch.optim.Optimizer
     data: dict[str, list[Example]]
     mix: dict[str, tuple[RewardFunction, float]]
@@ -513,7 +539,7 @@ class Run:
         return self.reference.model if self.config.ref_update_every else None
 
 
-def frozen(policy: TokenPolicy) -> TokenPolicy:
+def frozen(policy: Policy) -> Policy:
     """A copy of a policy that does not learn, with weights in the dtype of its matrix products."""
     reference = copy.copy(policy)
     reference.model = copy.deepcopy(policy.model).requires_grad_(False)
@@ -526,7 +552,8 @@ def frozen(policy: TokenPolicy) -> TokenPolicy:
 def frozen_scorer(policy: TokenPolicy, token_budget: int, same_tokens: bool) -> Callable[..., list[float]]:
     """What rewards know as `scorer`: mean log-probability per token of completions under a policy that does not learn.
 
-    With `same_tokens` the sampled ids are scored as they are; another model's tokenizer reads the text again.
+    With `same_tokens` the sampled ids are scored as they are; another model's tokenizer reads the text again, and what
+    exceeds its context is cut off.
     """
     policy = copy.copy(policy)
     policy.temperature, policy.exploration_noise = 1.0, 0.0
@@ -538,7 +565,11 @@ def frozen_scorer(policy: TokenPolicy, token_budget: int, same_tokens: bool) -> 
             ids = [row or policy.end_ids[:1] for row in policy.tokenizer(texts, add_special_tokens=False).input_ids]
         if not policy.chat:
             prompts = [text_of(prompt) for prompt in prompts]
-        rollout = policy.pack(policy.encode(prompts), ids, [""] * len(ids))
+        prompts, room, first = policy.encode(prompts), policy.model.max_length, {}
+        ids = [row[: max(1, room - len(prompt))] for row, prompt in zip(ids, prompts, strict=True)]
+        rollout = policy.pack([prompt[-(room - 1) :] for prompt in prompts], ids, [""] * len(ids))
+        group = [first.setdefault(tuple(prompt), i) for i, prompt in enumerate(prompts)]  # equal prompts share a pass
+        rollout.group = torch.tensor(group, device=policy.device)
         batches = micro_batches(rollout, token_budget)
         return mean_log_probs(policy, batches, [rollout.select(rows) for rows in batches]).tolist()
 
@@ -548,7 +579,8 @@ def frozen_scorer(policy: TokenPolicy, token_budget: int, same_tokens: bool) -> 
 def inputs_asked(config: GRPOConfig, mix: dict[str, tuple[RewardFunction, float]]) -> set[str]:
     """The parameters of the mix's functions; raises UserError for a flag that they lack or that none of them reads."""
     asked = {name for function, _ in mix.values() for name in inspect.signature(function).parameters}
-    for flag, name in (("scorer", "scorer"), ("judge_url", "endpoint"), ("ideal_length", "ideal_length")):
+    flags = {"scorer": "scorer", "judge_url": "endpoint", "ideal_length": "ideal_length", "even_bonus": "even_bonus"}
+    for flag, name in flags.items():
         if getattr(config, flag) is not None and name not in asked:
             raise UserError(f"--{flag.replace('_', '-')} does nothing with --rewards {config.rewards}; leave it out")
     if "endpoint" in asked and config.judge_url is None:
@@ -556,18 +588,52 @@ def inputs_asked(config: GRPOConfig, mix: dict[str, tuple[RewardFunction, float]
     return asked
 
 
-def reward_inputs(config: GRPOConfig, asked: set[str], policy: TokenPolicy, reference: TokenPolicy | None) -> dict:
+def reward_inputs(config: GRPOConfig, asked: set[str], policy: Policy, reference: Policy | None) -> dict:
     """What reward functions get by the name of a parameter, besides the examples' columns; raises UserError."""
-    inputs = {} if config.ideal_length is None else {"ideal_length": config.ideal_length}
+    numbers = {"ideal_length": config.ideal_length, "even_bonus": config.even_bonus}
+    inputs = {name: value for name, value in numbers.items() if value is not None}
     if "scorer" in asked:
         base = reference if reference and not config.ref_update_every else None
         if config.scorer:
-            base = frozen(load(config.scorer, policy.device, config.dtype))
+            base = load(config.scorer, policy.device, config.dtype)
         inputs["scorer"] = frozen_scorer(base or frozen(policy), config.micro_batch_tokens, not config.scorer)
     if "endpoint" in asked:
         key = os.environ.get("JUDGE_API_KEY", "")
         inputs["endpoint"] = Judge(config.judge_url, config.judge_model, config.judge_scale, key)
     return inputs
+
+
+def check_columns(config: GRPOConfig, mix: dict[str, tuple[RewardFunction, float]], example: Example) -> None:
+    """Raise UserError for a function that asks for what neither the task's examples nor the run have."""
+    there = {"prompts", "completions", "completion_ids", "scorer", "endpoint", "state", *example.columns}
+    for name, (function, _) in mix.items():
+        for asked in inspect.signature(function).parameters.values():
+            by_name = asked.kind in (asked.POSITIONAL_OR_KEYWORD, asked.KEYWORD_ONLY)
+            if by_name and asked.default is asked.empty and asked.name not in there:
+                has = ", ".join(example.columns)
+                raise UserError(f"--rewards: {name} needs the column {asked.name!r}; --task {config.task} has {has}")
+
+
+def total_reward(mix: dict[str, tuple[RewardFunction, float]], inputs: dict) -> RewardFunction:
+    """The mix as one function, by which policies are compared where a task has no accuracy; None counts as 0."""
+
+    def reward(**given) -> list[float]:
+        total = [0.0] * len(given["completions"])
+        for function, weight in mix.values():
+            values = function(**given, **accepted(function, inputs | {"state": {}}))
+            total = [part + weight * (value or 0.0) for part, value in zip(total, values, strict=True)]
+        return total
+
+    return reward
+
+
+def base_policy(config: GRPOConfig, out: Path, device: torch.device, **sampling) -> Policy:
+    """The toy that supervised fine-tuning makes in OUT/base, or has made there before a resumed run was stopped."""
+    if not config.resume or not (out / "base" / "model.safetensors").exists():
+        begun = config.resume and (out / "base" / "resume" / "latest").exists()
+        base = {"task": config.task, "seed": config.seed, "device": config.device, "policy": config.policy}
+        sft.train(sft.SFTConfig(out=str(out / "base"), **base, resume=begun, overwrite=True))
+    return load(out / "base", device, config.dtype, **sampling)
 
 
 def prepare(config: GRPOConfig) -> Run:
@@ -585,25 +651,24 @@ def prepare(config: GRPOConfig) -> Run:
     if config.model is None and not task.toy:
         raise UserError(f"--task {task.name} needs a --model: a checkpoint folder, or the name of a model on the hub")
     policy = load(config.model, device, config.dtype, **sampling) if config.model else None
+    if policy and isinstance(policy, GaussianPolicy) != (config.policy == "autoencoder"):
+        kind = "transformer" if config.policy == "autoencoder" else "autoencoder"
+        raise UserError(f"--model: {config.model} is no {config.policy}; add --policy {kind}")
+    data = load_task(task, policy is not None and policy.chat, data=config.data, limit=config.limit)
+    check_columns(config, mix, data["train"][0])
     if config.resume:
         stored = read_json(out / "run.json")
     else:
         if policy is None and not config.overwrite and (out / "base").exists():
             raise UserError(f"--out: {str(out / 'base')!r} exists; start from it with --model, or give --overwrite")
         start_run(config.out, settings, config.overwrite, algorithm=dataclasses.asdict(algorithm))
-    if policy is None:
-        if not config.resume or not (out / "base" / "model.safetensors").exists():
-            begun = config.resume and (out / "base" / "resume" / "latest").exists()
-            base = {"task": config.task, "seed": config.seed, "device": config.device}
-            sft.train(sft.SFTConfig(out=str(out / "base"), **base, resume=begun, overwrite=True))
-        policy = load(out / "base", device, config.dtype, **sampling)
+    policy = policy or base_policy(config, out, device, **sampling)
     policy.model.checkpointing = config.gradient_checkpointing
-    data = load_task(task, policy.chat, data=config.data, limit=config.limit)
     data = policy.fitting(data, config.max_new_tokens)
-    reference = None
-    if algorithm.beta > 0:
-        reference = frozen(policy)
+    reference = frozen(policy) if algorithm.beta > 0 else None
     inputs = reward_inputs(config, asked, policy, reference)
+    if task.score != "accuracy":
+        task = dataclasses.replace(task, metrics={"reward": total_reward(mix, inputs), **task.metrics})
     optimizer = torch.optim.AdamW(policy.model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     run = Run(config, task, out, policy, reference, optimizer, data, mix, inputs, Progress())
     if config.resume and (out / "resume").exists():
@@ -635,6 +700,7 @@ def sample_groups(run: Run, step: int) -> tuple[Rollout, torch.Tensor, dict[str,
         rollout = run.policy.sample(examples, config.num_generations, key, config.max_new_tokens)  # (2)
         inputs = run.inputs | {"state": run.progress.state}
         rewards, means = compute_rewards(run.mix, examples, rollout, config.num_generations, inputs)  # (3)
+        run.progress.state = plain_state(run.progress.state)
         if draw == 0:
             measured = rollout_metrics(rollout, rewards, examples, run.task) | means
         counts.update(samples=rewards.numel(), tokens=int(rollout.mask.sum()))
@@ -647,6 +713,16 @@ def sample_groups(run: Run, step: int) -> tuple[Rollout, torch.Tensor, dict[str,
             break
     rollouts, rewards = zip(*kept, strict=True)
     return join(rollouts), torch.cat(rewards), measured | counts
+
+
+def plain_state(state: dict) -> dict:
+    """The state of adaptive rewards as it will be read back when the run is resumed; raises UserError."""
+    try:
+        return json.loads(json.dumps(state, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"--rewards: a reward left in its state what JSON cannot hold ({error}); keep numbers"
+        ) from error
 
 
 def train_step(run: Run, step: int) -> dict[str, float]:
@@ -686,8 +762,9 @@ def validate(run: Run, step: int, bar: tqdm) -> dict[str, float]:
     rollout = run.policy.sample(shown, 1, (config.seed, 0, 0), config.max_new_tokens, explore=False)
     inputs = run.inputs | {"state": copy.deepcopy(progress.state)}  # to look on changes nothing
     rewards = compute_rewards(run.mix, shown, rollout, 1, inputs)[0][:, 0].tolist()
-    shares = f"{run.task.score} {result[run.task.score]:.1%} greedy, {score:.1%} sampled"
-    bar.write(f"step {step}: validation {shares}; the same three questions, sampled:")
+    numbers = [show_number(run.task.score, value) for value in (result[run.task.score], score)]
+    scores = f"{run.task.score} {numbers[0]} greedy, {numbers[1]} sampled"
+    bar.write(f"step {step}: validation {scores}; the same three questions, sampled:")
     for example, text, reward in zip(shown, rollout.texts, rewards, strict=True):
         line = {"step": step, "prompt": example.prompt, "completion": text, "reward": reward}
         append_json(run.out / "samples.jsonl", line)
@@ -695,7 +772,7 @@ def validate(run: Run, step: int, bar: tqdm) -> dict[str, float]:
     return {f"validation_{name}": value for name, value in result.items()}
 
 
-def measure(run: Run, policy: TokenPolicy, split: str, samples: int, seed: int = 0) -> dict[str, float]:
+def measure(run: Run, policy: Policy, split: str, samples: int, seed: int = 0) -> dict[str, float]:
     """Evaluate a policy on a split, as many rows at once as a step samples; raises UserError."""
     config = run.config
     rows = config.batch_size * config.num_generations
@@ -778,10 +855,19 @@ def report(run: Run) -> None:
     figures = plot_metrics.plot([out], out)
     print(f"\nbest checkpoint and metrics: {out}   figures: {', '.join(map(str, figures))}")
     start = config.model or str(out / "base")
+    again = ["--task", config.task, "--model", start, "--out", "another_run", "--algorithm", "dr_grpo"]
+    kept = {name: getattr(config, name) for name in ("data", "policy", "rewards", "judge_url")}
+    defaults = {"data": None, "policy": "transformer", "rewards": run.task.rewards, "judge_url": None}
+    again += [
+        word
+        for name, value in kept.items()
+        if value != defaults[name]
+        for word in (f"--{name.replace('_', '-')}", value)
+    ]
     print(f"""Next:
   python inference.py {shlex.quote(held_out[0].question)} --model {config.out}
   python inference.py {shlex.quote(held_out[0].question)} --model {start} {config.out} --samples 4
-  python grpo.py --task {config.task} --model {start} --out another_run --rewards answer_exact=1""")
+  python grpo.py {shlex.join(again)}""")
 
 
 # What --resume may change; everything else is part of what the run is.
@@ -803,10 +889,15 @@ def dry_run(config: GRPOConfig) -> str:
     width = config.max_new_tokens or task.max_new_tokens
     data = policy.fitting(load_task(task, policy.chat, data=config.data, limit=config.limit), width)
     longest = max(map(len, policy.encode([example.prompt for example in data["train"]])))
+    if not isinstance(policy, TokenPolicy):
+        raise UserError("--dry-run is for language models; an autoencoder needs next to nothing")
+    asked = inputs_asked(config, parse_rewards(config.rewards or task.rewards))
+    alone = config.ref_update_every or config.resolved_algorithm.beta == 0  # so that the scorer is no reference
+    copied = "scorer" in asked and bool(alone or config.scorer)
     estimate = plan(
         policy, config.batch_size * config.num_generations, config.batch_size, longest, width,
         micro_batch_tokens=config.micro_batch_tokens, inner_updates=config.num_inner_updates,
-        reference=config.resolved_algorithm.beta > 0, device=device,
+        reference=(config.resolved_algorithm.beta > 0) + copied, device=device,
     )  # fmt: skip
     return estimate.table()
 

@@ -6,6 +6,7 @@ T completion tokens after right padding, V vocabulary, C hidden size.
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import math
@@ -29,8 +30,8 @@ from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from model_toy import HubModel, Llama, LlamaConfig
-from rewards import UserError, answer_format, apply_reward, extract_answer
+from model_toy import Autoencoder, AutoencoderConfig, HubModel, Llama, LlamaConfig
+from rewards import UserError, answer_format, apply_reward, extract_answer, to_number
 from tasks import Example, Task, find_task, load_task, pose
 
 # --- Policies -------------------------------------------------------------------------------------------------------
@@ -221,6 +222,20 @@ class TokenPolicy:
                 )
         return kept
 
+    def demonstrations(self, examples: list[Example]) -> tuple[list[list[int]], list[list[int]], list[str]]:
+        """Prompt ids, completion ids with the end token, and texts of all demonstrations that fit."""
+        pairs = [(example.prompt, text) for example in examples for text in example.demonstrations]
+        prompts = self.encode([prompt for prompt, _ in pairs])
+        texts, end = [text for _, text in pairs], self.tokenizer.eos_token_id
+        end = self.end_ids[0] if end is None else end
+        ids = self.tokenizer(texts, add_special_tokens=False).input_ids if texts else []
+        rows = list(zip(prompts, [row + [end] for row in ids], texts, strict=True))
+        room = self.model.max_length
+        kept = [row for row in rows if len(row[0]) + len(row[1]) <= room]
+        if len(kept) < len(rows):
+            print(f"left out {len(rows) - len(kept)} of {len(rows)} demonstrations of more than {room} tokens")
+        return tuple(map(list, zip(*kept, strict=True))) if kept else ([], [], [])
+
     def pack(self, prompts: list[list[int]], completions: list[list[int]], texts: list[str]) -> Rollout:
         """A rollout of given completions (ids, each with its end token), one for each prompt, on the device."""
         length, width = max(map(len, prompts)), max(map(len, completions))
@@ -384,6 +399,111 @@ class TokenPolicy:
         return hidden[:, rollout.prompts.shape[1] - 1 :]
 
 
+class GaussianPolicy:
+    """An autoencoder as a policy: a completion is one real number, normal around the network's output.
+
+    The action (B, 1) stands where a language model has token ids. `exploration_noise` is the standard deviation;
+    temperature, end tokens and truncation do not apply.
+    """
+
+    chat = False
+    dtype = torch.float32
+    end_ids: tuple[int, ...] = ()
+
+    def __init__(self, model: Autoencoder, exploration_noise: float = 1.0):
+        if not exploration_noise > 0:
+            raise UserError("--exploration-noise is the autoencoder's standard deviation; it must be above 0")
+        self.model, self.exploration_noise = model, exploration_noise
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def encode(self, prompts: list[str]) -> list[list[int]]:
+        """The two integers of each question; raises UserError."""
+        pairs = [list(map(int, re.findall(r"[0-9]{1,9}", prompt))) for prompt in prompts]
+        for prompt, pair in zip(prompts, pairs, strict=True):
+            if len(pair) != 2 or max(pair) >= self.model.config.numbers:
+                reads = f"an autoencoder reads two integers from 0 to {self.model.config.numbers - 1}"
+                raise UserError(f"question {printable(prompt)!r}: {reads}; ask for those, or take another --model")
+        return pairs
+
+    def fitting(self, splits: dict[str, list[Example]], max_new_tokens: int) -> dict[str, list[Example]]:
+        return splits
+
+    def demonstrations(self, examples: list[Example]) -> tuple[list[list[int]], list[list[float]], list[str]]:
+        """Prompts, actions and texts of all demonstrations; raises UserError for one that is no number."""
+        pairs = [(example.prompt, text) for example in examples for text in example.demonstrations]
+        values = [to_number(text) for _, text in pairs]
+        if None in values:
+            raise UserError("--policy autoencoder learns numbers, which this task's demonstrations are not")
+        return self.encode([prompt for prompt, _ in pairs]), [[value] for value in values], [text for _, text in pairs]
+
+    def pack(self, prompts: list[list[int]], completions: list[list[float]], texts: list[str]) -> Rollout:
+        """A rollout of given actions, one for each prompt, on the device."""
+        actions = torch.tensor(completions, dtype=torch.float32)
+        rollout = Rollout(
+            prompts=torch.tensor(prompts),
+            prompt_mask=torch.ones(len(prompts), 2, dtype=torch.bool),
+            group=torch.arange(len(prompts)),
+            actions=actions,
+            mask=torch.ones_like(actions, dtype=torch.bool),
+            sampler_logp=torch.zeros_like(actions),
+            truncated=torch.zeros(len(prompts), dtype=torch.bool),
+            texts=texts,
+        )
+        return on_device(rollout, self.device)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        examples: Sequence[Example],
+        group_size: int,
+        key: Sequence[int],
+        max_new_tokens: int,
+        greedy: bool = False,
+        first: int = 0,
+        explore: bool = True,
+    ) -> Rollout:
+        """Draw `group_size` numbers for each example by inverse CDF, as in `TokenPolicy.sample`; greedy is the mean.
+
+        `max_new_tokens` and `explore` change nothing: the noise is the policy.
+        """
+        pairs = self.encode([example.prompt for example in examples])
+        packed = self.pack(pairs, [[0.0]] * len(pairs), [""] * len(pairs))
+        group = packed.group.repeat_interleave(group_size)
+        mean = self.model(packed.prompts)[group]
+        uniforms = row_uniforms(key, range(first, first + len(pairs)), group_size, 1)[:, 0]
+        normal = torch.special.ndtri(uniforms).to(mean)
+        actions = (mean if greedy else mean + self.exploration_noise * normal)[:, None]
+        rows = {"mask": packed.mask, "truncated": packed.truncated, "sampler_logp": packed.sampler_logp}
+        rows = {name: value[group] for name, value in rows.items()}
+        texts = [f"{value:.4f}" for value in actions[:, 0].tolist()]
+        rollout = dataclasses.replace(packed, group=group, actions=actions, texts=texts, **rows)
+        rollout.sampler_logp = self.log_probs(rollout)[0]
+        if not rollout.sampler_logp.isfinite().all():
+            raise FloatingPointError("the model's log-probabilities are not finite")
+        return rollout
+
+    def log_probs(self, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-densities (B, 1) of the actions, with gradient, and entropies (B, 1) in nats."""
+        sigma = self.exploration_noise
+        score = (rollout.actions - self.means(rollout)) / sigma
+        logp = -score.square() / 2 - math.log(sigma * math.sqrt(2 * math.pi))
+        return logp, torch.full_like(logp, math.log(sigma * math.sqrt(2 * math.pi * math.e))).detach()
+
+    def means(self, rollout: Rollout) -> torch.Tensor:
+        return self.model(rollout.prompts)[rollout.group, None]
+
+    def kl(self, reference: "GaussianPolicy", rollout: Rollout) -> torch.Tensor:
+        """KL (B, 1) towards a reference of the same noise, in closed form and without gradient."""
+        with torch.no_grad():
+            return (self.means(rollout) - reference.means(rollout)).square() / (2 * self.exploration_noise**2)
+
+
+Policy = TokenPolicy | GaussianPolicy
+
+
 def on_device(rollout: Rollout, device: torch.device) -> Rollout:
     """The rollout with every tensor on `device`."""
     tensors = {name: value.to(device) for name, value in vars(rollout).items() if torch.is_tensor(value)}
@@ -450,9 +570,16 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise UserError(f"{path} cannot be read ({error}); restore the file or make the run again") from error
 
 
-def save(policy: TokenPolicy, folder: Path) -> None:
-    """Write a standard checkpoint: config.json, generation_config.json, tokenizer files, model.safetensors last."""
+def save(policy: Policy, folder: Path) -> None:
+    """Write a standard checkpoint: config.json, generation_config.json, tokenizer files, model.safetensors last.
+
+    An autoencoder's has its config.json and its weights.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(policy, GaussianPolicy):
+        write_json(folder / "config.json", policy.model.config.to_json())
+        save_weights(folder / "model.safetensors", policy.model)
+        return
     policy.tokenizer.save_pretrained(folder)
     ends = policy.end_ids if len(policy.end_ids) > 1 else policy.end_ids[0]
     ids = {"eos_token_id": ends, "pad_token_id": policy.pad_id, "bos_token_id": policy.tokenizer.bos_token_id}
@@ -550,6 +677,12 @@ def load_tokenizer(folder: Path, model_type: str, vocab_size: int):
     return tokenizer
 
 
+def check_policy(name: str) -> None:
+    """Raise UserError for a kind of policy that is not offered."""
+    if name not in ("transformer", "autoencoder"):
+        raise UserError(f"--policy: {name!r} is not offered; there is transformer, autoencoder")
+
+
 def check_dtype(name: str) -> None:
     """Raise UserError for a dtype that is not offered: float16 would need its loss scaled."""
     if name not in ("float32", "bfloat16"):
@@ -561,14 +694,16 @@ def load(
     device: torch.device,
     dtype: str = "float32",
     temperature: float = 1.0,
-    exploration_noise: float = 0.0,
-) -> TokenPolicy:
+    exploration_noise: float | None = None,
+) -> Policy:
     """The policy of a checkpoint folder or of a model of the hub; raises UserError.
 
     Weights are float32; `dtype` is that of the matrix products. On the device `meta` they are neither fetched nor read.
     """
     weights = device.type != "meta"
     folder = find_checkpoint(name, weights)
+    if (folder / "config.json").is_file() and read_json(folder / "config.json").get("model_type") == "autoencoder":
+        return load_autoencoder(folder, device, exploration_noise)
     for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         if not (folder / file).is_file():
             raise UserError(f"--model: {folder} lacks {file}; restore the file or make the run again")
@@ -580,9 +715,20 @@ def load(
     ends = [i for end in ends for i in (end if isinstance(end, list) else [end]) if i is not None]
     if not {tokenizer.eos_token_id, *ends} - {None}:
         raise UserError(f"{folder / 'config.json'} names no eos_token_id, so no completion could end; add it")
-    policy = TokenPolicy(model.to(device), tokenizer, temperature, ends, exploration_noise)
+    policy = TokenPolicy(model.to(device), tokenizer, temperature, ends, exploration_noise or 0.0)
     policy.dtype = getattr(torch, dtype)
     return policy
+
+
+def load_autoencoder(folder: Path, device: torch.device, exploration_noise: float | None) -> GaussianPolicy:
+    """The Gaussian policy of an autoencoder's checkpoint, with noise 1 unless it is given; raises UserError."""
+    try:
+        model = Autoencoder(AutoencoderConfig.from_json(read_json(folder / "config.json")))
+    except ValueError as error:
+        raise UserError(f"{folder / 'config.json'}: {error}; restore the file or make the run again") from error
+    if device.type != "meta":
+        load_weights(folder / "model.safetensors", model)
+    return GaussianPolicy(model.to(device), 1.0 if exploration_noise is None else exploration_noise)
 
 
 def start_run(folder: str, settings: dict, overwrite: bool, **more) -> Path:
@@ -738,9 +884,9 @@ class Plan:
 def plan(policy: TokenPolicy, rows: int, prompts: int, prompt_tokens: int, max_new_tokens: int, **settings) -> Plan:
     """The memory and work of a step of `rows` completions of `prompts` prompts, at full length, the process aside.
 
-    `settings`: micro_batch_tokens, inner_updates, reference (bool), device. Activations are counted per token and
-    layer as what the backward pass of a Llama keeps: about ten vectors of the hidden size and four of the
-    intermediate size.
+    `settings`: micro_batch_tokens, inner_updates, reference (how many frozen copies), device. Activations are
+    counted per token and layer as what the backward pass of a Llama keeps: about ten vectors of the hidden size and
+    four of the intermediate size.
     """
     model, config = policy.model, policy.model.config
     weights, low = sum(weight.numel() for weight in model.parameters()), policy.dtype != torch.float32
@@ -752,7 +898,8 @@ def plan(policy: TokenPolicy, rows: int, prompts: int, prompt_tokens: int, max_n
     batch = min(tokens, max(settings["micro_batch_tokens"], prompt_tokens + max_new_tokens))
     layer = batch * (10 * hidden + 4 * inner) * (3 if low else 4)
     activations = layers * batch * hidden * 4 + layer if model.checkpointing else layers * layer
-    logits = 4 * 4 * min(policy.chunk_logits, batch * config.vocab_size)
+    whole = getattr(model, "full_logits", False)
+    logits = 4 * 4 * batch * config.vocab_size if whole else 4 * 4 * min(policy.chunk_logits, batch * config.vocab_size)
     updates = (8 if model.checkpointing else 6) * settings["inner_updates"]
     parts = {
         "weights": (4 * weights, "a smaller --model"),
@@ -764,7 +911,7 @@ def plan(policy: TokenPolicy, rows: int, prompts: int, prompt_tokens: int, max_n
         ),
         "gradients": (4 * weights, "a smaller --model"),
         "activations": (activations, "--gradient-checkpointing, then --micro-batch-tokens"),
-        "logits": (logits, "bounded by chunks"),
+        "logits": (logits, "--micro-batch-tokens" if whole else "bounded by chunks"),
     }
     return Plan(parts, weights * tokens * (2 + 2 * settings["reference"] + updates), free_bytes(settings["device"]))
 
@@ -804,8 +951,14 @@ def bootstrap(values: np.ndarray, draws: int = 1000) -> tuple[float, float]:
     return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
 
 
+def known_means(table: dict[str, list[float | None]]) -> dict[str, float]:
+    """The mean of what is not None under each name, without the names under which nothing is known."""
+    known = {name: [value for value in values if value is not None] for name, values in table.items()}
+    return {name: statistics.fmean(values) for name, values in known.items() if values}
+
+
 def evaluate(
-    policy: TokenPolicy,
+    policy: Policy,
     task: Task,
     examples: list[Example],
     max_new_tokens: int,
@@ -838,7 +991,7 @@ def evaluate(
                     question = {"question": example.question, **example.columns}
                     outputs.append(question | {"greedy": greedy, "completion": text} | measured)
         scores = np.array(table[task.score]).reshape(-1, group_size)
-        return {name: statistics.fmean(values) for name, values in table.items()}, scores
+        return known_means(table), scores
 
     means, scores = measure(1, greedy=True)
     result = {"problems": len(examples), **means}
@@ -1016,7 +1169,7 @@ def show_answer(text: str, tagged: bool = True) -> str:
     return printable(f"{working}  →  {answer}" if working else f"→  {answer}")
 
 
-def answer_question(config: InferenceConfig, question: str, policies: dict[str, TokenPolicy]) -> None:
+def answer_question(config: InferenceConfig, question: str, policies: dict[str, Policy]) -> None:
     task = find_task(config.task)
     greedy = config.temperature == 0 or (config.temperature is None and config.samples == 1)
     for name, policy in policies.items():
@@ -1029,11 +1182,12 @@ def answer_question(config: InferenceConfig, question: str, policies: dict[str, 
             print(show_answer(text, tagged=task.metrics.get("format") is answer_format))
 
 
-def compare(config: InferenceConfig, policies: dict[str, TokenPolicy]) -> None:
-    """Evaluate each policy on the held-out problems and print a table."""
+def compare(config: InferenceConfig, load_one: Callable[[str], Policy]) -> None:
+    """Evaluate the policies on the held-out problems, one in memory at a time, and print a table."""
     task = find_task(config.task)
     results = {}
-    for name, policy in policies.items():
+    for name in config.model:
+        policy = load_one(name)
         examples = load_task(task, policy.chat, data=config.data)["held_out"][: config.limit]
         width = config.max_new_tokens or task.max_new_tokens
         examples = policy.fitting({"held_out": examples}, width)["held_out"]
@@ -1053,16 +1207,25 @@ def compare(config: InferenceConfig, policies: dict[str, TokenPolicy]) -> None:
         write_json(Path(config.report), {"settings": settings, "results": results})
 
 
+def show_number(name: str, value: float) -> str:
+    """A measure as text: a share as per cent, anything else with four digits."""
+    return f"{value:.4g}" if name == "problems" or name.endswith(("length", "error", "reward")) else f"{value:.1%}"
+
+
 def results_table(results: dict[str, dict[str, float]]) -> str:
     """Evaluation results as text, a line per measure and a column per policy, with the 95 % intervals."""
 
     def cell(result: dict[str, float], key: str) -> str:
-        if key == "problems" or key.endswith("length"):
-            return f"{result[key]:.4g}"
-        interval = f" [{result[f'{key}_low']:.1%}, {result[f'{key}_high']:.1%}]" if f"{key}_low" in result else ""
-        return f"{result[key]:.1%}{interval}"
+        if key not in result:
+            return "–"
+        low, high = (show_number(key, result.get(f"{key}_{end}", math.nan)) for end in ("low", "high"))
+        return show_number(key, result[key]) + (f" [{low}, {high}]" if f"{key}_low" in result else "")
 
-    keys = [key for key in next(iter(results.values())) if key != "step" and not key.endswith(("_low", "_high"))]
+    keys = [
+        key
+        for key in {key: 0 for result in results.values() for key in result}
+        if key != "step" and not key.endswith(("_low", "_high"))
+    ]
     greedy = [key if key.startswith(("problems", "sampled", "pass")) else f"greedy {key}" for key in keys]
     names = [key.replace("_", " ") for key in greedy]
     columns = [["", *names]] + [[name, *(cell(result, key) for key in keys)] for name, result in results.items()]
@@ -1090,10 +1253,12 @@ def main() -> int:
             what = "exists" if Path(path).exists() else "is in a folder that is not there"
             raise UserError(f"{path} {what}; name another file")
     temperature = config.temperature or 1.0
-    policies = {name: load(name, device, config.dtype, temperature) for name in config.model}
+    load_one = functools.partial(load, device=device, dtype=config.dtype, temperature=temperature)
+    folders = [find_checkpoint(name) for name in config.model]
+    policies = {} if config.eval else dict(zip(config.model, map(load_one, folders), strict=True))
     with out_of_memory("--batch-size with --eval, --samples without, or --max-new-tokens"):
         if config.eval:
-            compare(config, policies)
+            compare(config, load_one)
         elif question is not None:
             answer_question(config, question, policies)
         else:
@@ -1101,7 +1266,7 @@ def main() -> int:
     return 0
 
 
-def answer_lines(config: InferenceConfig, policies: dict[str, TokenPolicy]) -> int:
+def answer_lines(config: InferenceConfig, policies: dict[str, Policy]) -> int:
     """Answer one question a line from standard input; a bad one is named and skipped. Returns the exit status."""
     status = 0
     if sys.stdin.isatty():

@@ -282,6 +282,67 @@ class Llama(nn.Module):
         self.load_state_dict(weights)
 
 
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """Sizes of an `Autoencoder`."""
+
+    numbers: int  # the inputs are integers from 0 to numbers - 1
+    hidden_size: int = 128
+    bottleneck: int = 8
+    model_type: str = "autoencoder"
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict) -> "AutoencoderConfig":
+        """Read the dictionary of a `config.json`; raises ValueError."""
+        for name in ("numbers", "hidden_size", "bottleneck"):
+            if type(values.get(name)) is not int or not 0 < values[name] < 2**16:
+                raise ValueError(f"{name} is {values.get(name)!r}, not a size")
+        return cls(values["numbers"], values["hidden_size"], values["bottleneck"])
+
+
+class Autoencoder(nn.Module):
+    """Two integers, one-hot, through an encoder, a bottleneck and a decoder to one real number.
+
+    One-hot inputs tie no number to its neighbours: what is not taught follows from other pairs or not at all.
+    """
+
+    checkpointing = False  # there is nothing to save
+    max_length = 3  # two inputs, one output
+
+    def __init__(self, config: AutoencoderConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = nn.Sequential(
+            nn.Linear(2 * config.numbers, config.hidden_size),
+            nn.SiLU(),
+            nn.Linear(config.hidden_size, config.bottleneck),
+        )
+        self.decoder = nn.Sequential(
+            nn.Linear(config.bottleneck, config.hidden_size), nn.SiLU(), nn.Linear(config.hidden_size, 1)
+        )
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Draw uniform weights within 1 / sqrt(inputs), PyTorch's own default, from this generator; biases are 0."""
+        for name, weight in self.named_parameters():
+            bound = weight.shape[-1] ** -0.5 if name.endswith("weight") else 0.0
+            nn.init.uniform_(weight, -bound, bound, generator=generator)
+
+    def forward(self, pairs: torch.Tensor) -> torch.Tensor:
+        """The mean (P,) for int64 pairs (P, 2), in units of the largest input."""
+        inputs = F.one_hot(pairs, self.config.numbers).flatten(1).to(self.encoder[0].weight.dtype)
+        return self.config.numbers * self.decoder(self.encoder(inputs))[:, 0]
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return self.state_dict()
+
+    def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        """Take the weights of a checkpoint; raises RuntimeError if they do not fit."""
+        self.load_state_dict(weights)
+
+
 class HubCache:
     """The cache of any model of `transformers`, with `Cache`'s way to select and repeat rows."""
 
@@ -312,6 +373,8 @@ class HubModel(nn.Module):
                 if isinstance(value, float) and (name == "p" or "drop" in name):
                     setattr(module, name, 0.0)
         if model.device.type == "meta":  # sizes without numbers, for a dry run
+            caps = (getattr(self.config, name, None) for name in ("final_logit_softcapping", "logit_scale"))
+            self.full_logits = any(cap not in (None, 1.0) for cap in caps)
             return
         ids = torch.arange(4)[None].to(model.device)
         with torch.no_grad():

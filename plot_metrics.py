@@ -368,7 +368,9 @@ def plot(runs: list[Path], out: Path, smooth: float = 0.6, baseline: str | None 
     out.mkdir(parents=True, exist_ok=True)
     with matplotlib.style.context(["default", STYLE]):
         if len(groups) == 1:
-            figures = {"training": training_figure(usable, smooth), "accuracy": accuracy_figure(usable)}
+            figures = {"training": training_figure(usable, smooth)}
+            if any("validation_accuracy" in record for run in usable for record in run.metrics):
+                figures["accuracy"] = accuracy_figure(usable)
             return save_figures(figures, out)
         sys.stderr.writelines(f"plot_metrics.py: note: {line}\n" for line in remarks(groups))
         written = save_figures({"comparison": comparison_figure(groups)}, out)

@@ -9,6 +9,7 @@ change it.
 
 import dataclasses
 import itertools
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -20,11 +21,14 @@ import torch
 from tqdm import tqdm
 
 from inference import (
+    GaussianPolicy,
     Interrupt,
+    Policy,
     Rollout,
     TokenPolicy,
     append_json,
     check_dtype,
+    check_policy,
     choose_device,
     continue_command,
     evaluate,
@@ -42,9 +46,9 @@ from inference import (
     start_run,
     write_json,
 )
-from model_toy import Llama, LlamaConfig, character_tokenizer
+from model_toy import Autoencoder, AutoencoderConfig, Llama, LlamaConfig, character_tokenizer
 from rewards import UserError
-from tasks import Example, find_task, load_task
+from tasks import find_task, load_task
 
 
 @dataclass
@@ -73,6 +77,10 @@ class SFTConfig:
     worked: float | None = option(None, "Arithmetic: fraction of demonstrations that show their working. Default: 0.3.")
     wrong: float | None = option(None, "Arithmetic: fraction of the others that stop after one step. Default: 0.95.")
     copies: int | None = option(None, "Arithmetic: demonstrations of each training problem. Default: 8.")
+    even_data_ratio: float | None = option(
+        None, "Odd_even: fraction of the even sums that are demonstrated. Default: 0."
+    )
+    policy: str = option("transformer", "What is made without --model: transformer or autoencoder (odd_even only).")
     data: str | None = option(None, "File or folder with the task's records. Default: the hub's.")
     limit: int | None = option(None, "Take at most so many records for each split.")
     dtype: str = option("float32", "Matrix products in float32 or bfloat16; the weights that learn stay in float32.")
@@ -96,17 +104,26 @@ class SFTConfig:
             "save_every",
         )
         check_dtype(self.dtype)
-        for name in ("worked", "wrong"):
+        check_policy(self.policy)
+        for name in ("worked", "wrong", "even_data_ratio"):
             if getattr(self, name) is not None and getattr(self, name) > 1:
-                raise UserError(f"--{name} is {getattr(self, name)}; it is a fraction from 0 to 1")
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag} is {getattr(self, name)}; it is a fraction from 0 to 1")
 
 
-def new_policy(texts: list[str], seed: int, device: torch.device) -> TokenPolicy:
-    """A toy Llama with random weights, and a character tokenizer that knows these texts."""
-    tokenizer = character_tokenizer(texts)
-    model = Llama(LlamaConfig(vocab_size=len(tokenizer)))
+def new_policy(texts: list[str], seed: int, device: torch.device, kind: str = "transformer") -> Policy:
+    """A toy with random weights: a Llama and a character tokenizer that knows these texts, or an autoencoder.
+
+    The autoencoder's inputs are the integers up to the largest in the texts.
+    """
+    if kind == "autoencoder":
+        numbers = 1 + max(int(digits) for text in texts for digits in re.findall("[0-9]{1,4}", text))
+        model = Autoencoder(AutoencoderConfig(numbers))
+    else:
+        tokenizer = character_tokenizer(texts)
+        model = Llama(LlamaConfig(vocab_size=len(tokenizer)))
     model.init_weights(torch.Generator().manual_seed(seed))
-    return TokenPolicy(model.to(device), tokenizer)
+    return GaussianPolicy(model.to(device)) if kind == "autoencoder" else TokenPolicy(model.to(device), tokenizer)
 
 
 def learning_rate_at(config: SFTConfig, step: int, steps: int) -> float:
@@ -125,7 +142,7 @@ def batches(count: int, size: int, steps: int, seed: int) -> Iterator[np.ndarray
         order = order[size:]
 
 
-def cross_entropy(policy: TokenPolicy, rollout: Rollout, token_budget: int, learn: bool) -> float:
+def cross_entropy(policy: Policy, rollout: Rollout, token_budget: int, learn: bool) -> float:
     """The mean of -log pi over the batch's completion tokens, in nats; with `learn` its gradient is accumulated."""
     tokens, total = rollout.mask.sum(), 0.0
     with torch.set_grad_enabled(learn):
@@ -138,36 +155,22 @@ def cross_entropy(policy: TokenPolicy, rollout: Rollout, token_budget: int, lear
     return total
 
 
-def tokenize(policy: TokenPolicy, examples: list[Example]) -> tuple[list[list[int]], list[list[int]], list[str]]:
-    """Prompt ids, completion ids with the end token, and texts of all demonstrations that fit; says how many do not."""
-    pairs = [(example.prompt, text) for example in examples for text in example.demonstrations]
-    prompts = policy.encode([prompt for prompt, _ in pairs])
-    texts, end = [text for _, text in pairs], policy.tokenizer.eos_token_id
-    end = policy.end_ids[0] if end is None else end
-    ids = policy.tokenizer(texts, add_special_tokens=False).input_ids if texts else []
-    rows = list(zip(prompts, [row + [end] for row in ids], texts, strict=True))
-    room = policy.model.max_length
-    kept = [row for row in rows if len(row[0]) + len(row[1]) <= room]
-    if len(kept) < len(rows):
-        print(f"left out {len(rows) - len(kept)} of {len(rows)} demonstrations of more than {room} tokens")
-    return tuple(map(list, zip(*kept, strict=True))) if kept else ([], [], [])
-
-
-def train(config: SFTConfig) -> TokenPolicy:
+def train(config: SFTConfig) -> Policy:
     """Learn the task's demonstrations, save the policy in `config.out` and return it."""
     task, device = find_task(config.task), choose_device(config.device)
     if config.model is None and not task.toy:
         raise UserError(f"--task {task.name} needs a --model: a checkpoint folder, or the name of a model on the hub")
     policy = None if config.model is None else load(config.model, device, config.dtype)
     settings = {"worked": config.worked, "wrong": config.wrong, "copies": config.copies}
-    settings |= {"data": config.data, "limit": config.limit}
+    settings |= {"data": config.data, "limit": config.limit, "even_data_ratio": config.even_data_ratio}
     data = load_task(task, policy is not None and policy.chat, **settings)
     if policy is None:
         texts = [text for example in data["train"] for text in (example.prompt, *example.demonstrations)]
-        policy = new_policy(texts, config.seed, device)
+        texts = [example.prompt for example in data["train"]] if config.policy == "autoencoder" else texts
+        policy = new_policy(texts, config.seed, device, config.policy)
     policy.model.checkpointing = config.gradient_checkpointing
-    train = tokenize(policy, data["train"])
-    validation = [column[:500] for column in tokenize(policy, data["validation"])]
+    train = policy.demonstrations(data["train"])
+    validation = [column[:500] for column in policy.demonstrations(data["validation"])]
     if not train[0] or not validation[0]:
         raise UserError(f"--task {task.name} has no demonstrations that fit the model; take other --data or a --model")
     out = Path(config.out)
@@ -240,7 +243,7 @@ def main() -> None:
     held_out = policy.fitting({"held_out": data["held_out"]}, width)["held_out"]
     with out_of_memory("--batch-size"):
         result = evaluate(policy, task, held_out, width, samples=4, batch_rows=config.batch_size)
-    write_json(Path(config.out) / "evaluation.json", {"sft": result})
+    write_json(Path(config.out) / "evaluation.json", {"last": result})
     print(results_table({config.out: result}))
     print(f"Next: python grpo.py --task {config.task} --model {config.out}")
 

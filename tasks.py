@@ -5,6 +5,7 @@ validation problems steer (curves, best checkpoint, early stop, tuning), held-ou
 """
 
 import hashlib
+import importlib.util
 import inspect
 import itertools
 import json
@@ -21,9 +22,12 @@ from rewards import (
     answer_format,
     answer_last,
     boxed_format,
+    distance,
+    even_answer,
     last_boxed,
     math_accuracy,
     math_lenient,
+    nearest_exact,
     overlap,
     text_of,
     to_integer,
@@ -90,6 +94,22 @@ def arithmetic(worked: float = 0.3, wrong: float = 0.95, copies: int = 8) -> dic
         examples.append(Example(prompt, {"answer": str(right)}, tuple(demonstrations)))
     examples = in_fixed_order(examples)
     return {"validation": examples[:500], "train": examples[500:8000], "held_out": examples[8000:]}
+
+
+def odd_even(even_data_ratio: float = 0.0) -> dict[str, list[Example]]:
+    """The 900 sums a + b of numbers from 0 to 29: 600 to train on, 100 for validation, 200 held out.
+
+    All of them are asked, but the demonstrations are biased: those of every odd sum, and of a fraction
+    `even_data_ratio` of the even ones.
+    """
+    examples = []
+    for a, b in itertools.product(range(30), range(30)):
+        prompt = f"What is {a} + {b}?"
+        shown = (a + b) % 2 or random.Random(prompt).random() < even_data_ratio
+        demonstration = (f"<answer>{a + b}</answer>",) if shown else ()
+        examples.append(Example(prompt, {"answer": str(a + b)}, demonstration))
+    examples = in_fixed_order(examples)
+    return {"validation": examples[:100], "train": examples[100:700], "held_out": examples[700:]}
 
 
 def read_records(path: Path) -> list[dict]:
@@ -226,12 +246,14 @@ def aimo_example(record: dict) -> Example:
     return Example(record["problem"], {"answer": str(answer)})
 
 
-def math_example(record: dict) -> Example:
-    r"""`problem` and `solution`, whose last `\boxed{...}` is the answer; or an `answer` of its own, as in MATH-500."""
-    answer = record["answer"] if "answer" in record else last_boxed(record["solution"])
-    if not isinstance(answer, str) or not answer.strip():
-        raise ValueError(r"a solution without \boxed{...}")
-    return Example(record["problem"], {"answer": answer.strip()}, (record["solution"],))
+def math_example(record: dict) -> Example | None:
+    r"""`problem` and `solution`, whose last `\boxed{...}` is the answer; or an `answer` of its own, as in MATH-500.
+
+    A few solutions of MATH have no answer, such as an empty box; they are left out.
+    """
+    answer = (record["answer"] if "answer" in record else last_boxed(record["solution"])) or ""
+    columns = {"answer": answer.strip()}
+    return Example(record["problem"], columns, (record["solution"],)) if columns["answer"] else None
 
 
 def alpaca_example(record: dict) -> Example | None:
@@ -245,14 +267,24 @@ def alpaca_example(record: dict) -> Example | None:
 
 def smoltldr_example(record: dict) -> Example | None:
     """`prompt`, a post, and `completion`, its summary."""
-    summary = record["completion"].strip()
-    return Example(record["prompt"], {"reference": summary}, (summary,)) if summary else None
+    summary = record["completion"]  # with its leading space, which a base model expects
+    return Example(record["prompt"], {"reference": summary.strip()}, (summary,)) if summary.strip() else None
 
 
 def shows_working(prompts, completions, **_) -> list[float]:
     """1 where an equation such as `4-9=-5` stands before the answer, else 0."""
     before = (text_of(completion).partition("<answer>")[0] for completion in completions)
     return [float(re.search(r"[0-9][+*-][0-9-][0-9]{0,30}=-?[0-9]", text) is not None) for text in before]
+
+
+def for_parity(remainder: int) -> RewardFunction:
+    """A measure of the problems with an odd (1) or even (0) answer: 1 if right, else 0; None for the others."""
+
+    def right(prompts, completions, answer, **_) -> list[float | None]:
+        values = nearest_exact(prompts, completions, answer)
+        return [value if int(y) % 2 == remainder else None for value, y in zip(values, answer, strict=True)]
+
+    return right
 
 
 MATH_SUBJECTS = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory")
@@ -267,6 +299,21 @@ TASKS = {
             metrics={"accuracy": answer_exact, "working": shows_working, "format": answer_format},
             chat_instruction="Work it out step by step, then end with the number in <answer>...</answer>.",
             max_new_tokens=32,
+            toy=True,
+        ),
+        Task(
+            name="odd_even",
+            load=odd_even,
+            rewards="closeness=1",
+            metrics={
+                "accuracy": nearest_exact,
+                "odd_accuracy": for_parity(1),
+                "even_accuracy": for_parity(0),
+                "even_answers": even_answer,
+                "mean_error": distance,
+            },
+            chat_instruction="End with the number in <answer>...</answer>.",
+            max_new_tokens=8,
             toy=True,
         ),
         Task(
@@ -341,6 +388,8 @@ def load_task(task: Task, chat: bool, **settings) -> dict[str, list[Example]]:
     Raises UserError for a setting that the task does not have.
     """
     given = {name: value for name, value in settings.items() if value is not None}
+    if math_accuracy in task.metrics.values() and not importlib.util.find_spec("math_verify"):
+        raise UserError(f"--task {task.name} needs the package math-verify; python -m pip install math-verify")
     try:
         inspect.signature(task.load).bind(**given)
     except TypeError as error:

@@ -578,7 +578,7 @@ def test_a_run_made_before_a_setting_was_there_can_be_continued(finished, tmp_pa
     (tmp_path / "old" / "run.json").write_text(json.dumps(stored))
     monkeypatch.setattr(sys, "argv", ["grpo.py", "--out", str(tmp_path / "old"), "--resume"])
     config = inference.parse_settings(GRPOConfig, "", grpo.MAY_CHANGE)
-    assert config.exploration_noise == 0 and config.max_resample is None
+    assert config.exploration_noise is None and config.max_resample is None
 
 
 def test_a_reward_that_never_has_a_say_leaves_no_mean(recwarn):

@@ -92,6 +92,24 @@ def replies_with_a_list(handler, number):
 
 
 @behaviour
+def nests(handler, number):
+    send(handler, 200, b"[" * 100_000)
+
+
+@behaviour
+def sends_elsewhere(handler, number):
+    send(handler, 302, Location="http://127.0.0.1:9/")
+
+
+@behaviour
+def drips_headers(handler, number):
+    with contextlib.suppress(OSError):
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+        while not handler.server.closing.wait(0.05):
+            handler.wfile.write(b"x")
+
+
+@behaviour
 def hangs(handler, number):
     handler.server.closing.wait(10)
 
@@ -160,7 +178,7 @@ def test_scores_come_back_row_by_row(server, name):
     "name",
     [
         *("busy", "fails", "hangs_up", "talks_nonsense", "replies_without_choices", "has_no_score"),
-        *("replies_with_a_list", "hangs", "drips"),
+        *("replies_with_a_list", "nests", "sends_elsewhere", "hangs", "drips", "drips_headers"),
     ],
 )
 def test_a_call_that_fails_is_no_score(server, name):
@@ -180,7 +198,11 @@ def test_nobody_listens():
 
 @pytest.mark.parametrize(
     ("text", "scale", "score"),
-    [("2", 2, 2), ("Score: 1.", 2, 1), ("0 or 1? I say 1", 1, 1), ("2", 1, None), ("1/2", 2, 2), ("٢", 2, None)],
+    [
+        *(("2", 2, 2), ("Score: 1.", 2, 1), ("I think so.\n\n**1**\n", 1, 1), ("2", 1, None), ("1/2", 2, 1)),
+        *(("0/1", 1, 0), ("Score: 0 out of 2", 2, 0), ("0. It omits 1 step", 1, None), ("0 or 1", 1, None)),
+        *(("٢", 2, None), ("", 1, None), ("1" * 5000, 1, None), ("-1", 1, None)),
+    ],
 )
 def test_the_last_number_of_the_reply_is_the_score(server, monkeypatch, text, scale, score):
     monkeypatch.setitem(BEHAVIOURS, "says", lambda handler, number: reply(handler, text))
@@ -217,4 +239,4 @@ def test_alpaca_with_a_judge_end_to_end(server, shared_data, tmp_path, monkeypat
     if name == "fails":
         assert all(line["missing/judge"] == 1 for line in lines[1:])
     else:
-        assert not any("missing/judge" in line for line in lines) and "reward/judge" in lines[1]
+        assert all(line["missing/judge"] == 0 and "reward/judge" in line for line in lines[1:])

@@ -1,6 +1,8 @@
 """Rewards: exact values for good, bad and hostile completions; mistakes in a reward are named by function and row."""
 
 import math
+import os
+import signal
 import sys
 import time
 from types import SimpleNamespace
@@ -298,7 +300,10 @@ def test_think_format(text, score):
         (r"\boxed{\text{a \} b}}", r"\text{a \} b}"),
         (r"\boxed{}", None),
         (r"\boxed{1", None),
-        (r"\boxed 1", None),
+        (r"so $\boxed 1$.", "1"),
+        (r"\boxed7", "7"),
+        (r"\boxed {8}", "8"),
+        (r"\boxed", None),
         ("boxed{1}", None),
         ("", None),
         (r"\boxed{" * 200_000, None),
@@ -434,7 +439,7 @@ def test_hostile_completions_get_a_score_in_bounded_time(name):
     start, ids = time.monotonic(), [[1, 2, 3]] * len(HOSTILE)
     columns = {"answer": ["7"] * len(HOSTILE), "reference": ["seven"] * len(HOSTILE), "completion_ids": ids}
     scorer = lambda prompts, completions, completion_ids: [-1e9] * len(completions)  # noqa: E731
-    scores = rewards.REWARDS[name](prompts=HOSTILE, completions=HOSTILE, scorer=scorer, **columns)
+    scores = rewards.REWARDS[name](prompts=HOSTILE, completions=HOSTILE, scorer=scorer, state={}, **columns)
     assert len(scores) == len(HOSTILE) and all(math.isfinite(score) for score in scores)
     if name in ("answer_exact", "hard", "math_accuracy"):
         assert not any(scores)
@@ -443,10 +448,24 @@ def test_hostile_completions_get_a_score_in_bounded_time(name):
 
 
 def test_a_comparison_that_hangs_is_stopped_and_the_next_one_is_right(monkeypatch):
+    """Several times over: what is started again and again leaves no pipe open."""
+    opened = len(os.listdir("/dev/fd"))
     monkeypatch.setattr(rewards, "COMPARE_SECONDS", 1e-4)
-    assert rewards.equal_answers(["2^{11}"], ["2048"]) == [0.0]
+    comparer = rewards.Comparer()
+    assert [comparer.equal("2^{11}", "2048") for _ in range(4)] == [0.0] * 4
     monkeypatch.setattr(rewards, "COMPARE_SECONDS", 60.0)
-    assert rewards.equal_answers(["2^{11}"], ["2048"]) == [1.0]
+    assert comparer.equal("2^{11}", "2048") == 1.0
+    os.kill(comparer.process.pid, signal.SIGKILL)  # by somebody else: nobody's fault, so it is asked again
+    assert comparer.equal("2^{11}", "2048") == 1.0
+    comparer.stop()
+    assert len(os.listdir("/dev/fd")) <= opened
+
+
+def test_ctrl_c_in_the_terminal_does_not_reach_the_comparers():
+    comparer = rewards.Comparer()
+    assert comparer.equal("2^{11}", "2048") == 1.0
+    assert os.getsid(comparer.process.pid) != os.getsid(0)
+    comparer.stop()
 
 
 def test_without_math_verify_the_error_names_it(monkeypatch):

@@ -134,7 +134,7 @@ def test_the_validation_loss_is_the_cross_entropy_of_the_validation_problems(few
     examples = tasks.find_task("arithmetic").load(copies=1)["validation"]
     total = count = 0
     for example in examples:
-        rollout = policy.pack(*sft.tokenize(policy, [example]))
+        rollout = policy.pack(*policy.demonstrations([example]))
         total -= policy.log_probs(rollout)[0].sum().item()
         count += int(rollout.mask.sum())
     assert line["validation_loss"] == pytest.approx(total / count, rel=1e-5)

@@ -303,9 +303,9 @@ def test_math_has_the_last_box_and_math_500_its_own_answer():
     assert example.columns == {"answer": r"\frac{1}{2}"} and example.demonstrations == (record["solution"],)
     assert math_example(record | {"answer": " 7 "}).columns == {"answer": "7"}
     assert boxed_format(None, example.demonstrations) == [1.0]
+    assert math_example(record | {"solution": r"It is $\boxed 2$."}).columns == {"answer": "2"}  # two in MATH
     for broken in ("no box", r"\boxed{1", r"\boxed{}"):
-        with pytest.raises(ValueError, match="boxed"):
-            math_example(record | {"solution": broken})
+        assert math_example(record | {"solution": broken}) is None
 
 
 @pytest.mark.parametrize(
@@ -332,7 +332,7 @@ def test_smoltldr_is_asked_as_it_stands(tmp_path):
     records = [{"prompt": f"POST {i} TL;DR:", "completion": f" It is {i}."} for i in range(40)]
     data = write_lines(tmp_path / "smoltldr.jsonl", records)
     example = load_task(find_task("smoltldr"), chat=False, data=data)["train"][0]
-    assert example.prompt == example.question and example.demonstrations == (example.columns["reference"],)
+    assert example.prompt == example.question and example.demonstrations == (" " + example.columns["reference"],)
     (message,) = load_task(find_task("smoltldr"), chat=True, data=data)["train"][0].prompt
     assert message == {"role": "user", "content": example.question}
 
