@@ -178,7 +178,7 @@ class GRPOConfig:
     exploration_noise: float | None = option(
         None,
         "Share of a uniform distribution over the vocabulary mixed into the policy; for an autoencoder, its standard "
-        "deviation. Default: 0, and 1.",
+        "deviation. Default: 0, and 0.5.",
     )
     even_bonus: float | None = option(None, "What even_bonus gives, and even_adaptive at first. Default: 0.2.")
     max_new_tokens: int | None = option(None, "Longest completion, in tokens. Default: the task's.")

@@ -410,7 +410,7 @@ class GaussianPolicy:
     dtype = torch.float32
     end_ids: tuple[int, ...] = ()
 
-    def __init__(self, model: Autoencoder, exploration_noise: float = 1.0):
+    def __init__(self, model: Autoencoder, exploration_noise: float = 0.5):
         if not exploration_noise > 0:
             raise UserError("--exploration-noise is the autoencoder's standard deviation; it must be above 0")
         self.model, self.exploration_noise = model, exploration_noise
@@ -721,14 +721,14 @@ def load(
 
 
 def load_autoencoder(folder: Path, device: torch.device, exploration_noise: float | None) -> GaussianPolicy:
-    """The Gaussian policy of an autoencoder's checkpoint, with noise 1 unless it is given; raises UserError."""
+    """The Gaussian policy of an autoencoder's checkpoint, with noise 0.5 unless it is given; raises UserError."""
     try:
         model = Autoencoder(AutoencoderConfig.from_json(read_json(folder / "config.json")))
     except ValueError as error:
         raise UserError(f"{folder / 'config.json'}: {error}; restore the file or make the run again") from error
     if device.type != "meta":
         load_weights(folder / "model.safetensors", model)
-    return GaussianPolicy(model.to(device), 1.0 if exploration_noise is None else exploration_noise)
+    return GaussianPolicy(model.to(device), *([] if exploration_noise is None else [exploration_noise]))
 
 
 def start_run(folder: str, settings: dict, overwrite: bool, **more) -> Path:

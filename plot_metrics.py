@@ -9,6 +9,7 @@ import json
 import os
 import re
 import sys
+import textwrap
 from collections import Counter, namedtuple
 from contextlib import suppress
 from pathlib import Path
@@ -192,7 +193,7 @@ def group_runs(runs: list[Run]) -> dict[str, list[Run]]:
 
     def value(run: Run, key: str) -> object:
         value, seed = run.settings.get(key), run.settings.get("seed")
-        return re.sub(rf"(?<!\d){seed}(?!\d)", "*", value) if isinstance(value, str) else value
+        return re.sub(rf"(?<!\d){seed}(?!\d)", "*", str(value)) if key == "model" else value
 
     shared = [key for key in runs[0].settings if all(key in run.settings for run in runs) and key not in NOT_SETTINGS]
     differ = [key for key in shared if len({str(value(run, key)) for run in runs}) > 1]
@@ -266,7 +267,7 @@ def markdown(rows: list[dict[str, float | str]], baseline: str) -> str:
         return f"{row[key]:{form}}{spread}" if np.isfinite(row[key]) else "–"
 
     forms = {"held_out": ".1%", "held_out_greedy": ".1%"}
-    heads = ["", "runs", "held-out, T = 1", "held-out, greedy", f"difference to {baseline}, T = 1", "samples to 90 %"]
+    heads = ["", "runs", "held-out, T = 1", "held-out, greedy", "difference to the baseline, T = 1", "samples to 90 %"]
     lines = [[*heads, *LAST.values()]]
     for row in rows:
         low, high = row["difference_low"], row["difference_high"]
@@ -275,7 +276,7 @@ def markdown(rows: list[dict[str, float | str]], baseline: str) -> str:
         samples = f"{row['samples_to_90']:,.0f} ({row['reached_90']} runs)" if row["reached_90"] else "never"
         cells = [row["setting"], str(row["runs"]), *(cell(row, key, form) for key, form in forms.items())]
         measures = (cell(row, key, ".0%" if key == "working" else ".3g") for key in LAST)
-        lines.append([*cells, "–" if row["setting"] == baseline else difference, samples, *measures])
+        lines.append([*cells, "baseline" if row["setting"] == baseline else difference, samples, *measures])
     lines.insert(1, ["---"] * len(lines[0]))
     return "".join(f"| {' | '.join(text.replace('|', '/') for text in line)} |\n" for line in lines)
 
@@ -284,7 +285,8 @@ def comparison_figure(groups: dict[str, list[Run]]) -> Figure:
     """Return the figure of several settings: curves with a band over seeds, held-out bars, accuracy against reward."""
     figure = Figure((13, 7), dpi=150, layout="constrained")
     axes = figure.subplot_mosaic("ABS;WEL")
-    for i, (name, runs) in enumerate(groups.items()):
+    labels = [textwrap.fill(name.replace(",", ", "), 24) for name in groups]
+    for i, (name, runs) in enumerate(zip(labels, groups.values(), strict=True)):
         colour = f"C{i % 7}"
         for letter, (_, key) in CURVES.items():
             band = metric(runs, key, 0.6)
@@ -310,7 +312,7 @@ def comparison_figure(groups: dict[str, list[Run]]) -> Figure:
     axes["A"].legend()
     axes["S"].set_ylabel("accuracy of the samples")
     axes["B"].set_axisbelow(True)
-    axes["B"].set_xticks(range(len(groups)), list(groups), rotation=30, ha="right")
+    axes["B"].set_xticks(range(len(groups)), labels, rotation=30, ha="right")
     counts = sorted({len(runs) for runs in groups.values()})
     count = f"{counts[0]} run(s)" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} runs"
     tasks = {str(run.settings.get("task")) for runs in groups.values() for run in runs}

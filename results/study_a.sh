@@ -13,7 +13,7 @@ sft() { # out, policy, seed, flags
 }
 grpo() { # out, policy, seed, flags: the last of a flag counts
     made "$1" && return
-    if [ "$2" = autoencoder ]; then set -- "$@" ; own=(--learning-rate 1e-3 --exploration-noise 1); fi
+    if [ "$2" = autoencoder ]; then own=(--learning-rate 1e-3 --exploration-noise 0.5); fi
     if [ "$2" = transformer ]; then own=(--learning-rate 1e-4 --exploration-noise 0.1); fi
     python grpo.py --task odd_even --policy "$2" --seed "$3" --out "$1" --overwrite --steps 60 --eval-every 20 \
         --save-every 1000 "${own[@]}" "${@:4}"
@@ -24,7 +24,7 @@ epochs() { if [ "$1" = autoencoder ]; then echo 300; else echo 100; fi; }
 compare() { # policy, seed: every method from the same biased base policy
     local at="$runs/$1" base="$runs/$1/biased/seed$2"
     sft "$base" "$1" "$2" --epochs "$(epochs "$1")"
-    sft "$at/biased_longer/seed$2" "$1" "$2" --model "$base" --epochs 102.4 # of 300 odd sums
+    sft "$at/biased_longer/seed$2" "$1" "$2" --model "$base" --epochs 103.4 # of 297 odd sums
     sft "$at/full/seed$2" "$1" "$2" --model "$base" --epochs 51.2 --even-data-ratio 1 # of 600 sums
     grpo "$at/grpo/seed$2" "$1" "$2" --model "$base"
     grpo "$at/grpo_bonus/seed$2" "$1" "$2" --model "$base" --rewards closeness=1,even_bonus=1
@@ -37,7 +37,7 @@ sweep() { # policy: one setting after the other, seed 0
         sft "$at/base_$value" "$1" 0 --epochs "$(epochs "$1")" --even-data-ratio "$value"
         grpo "$at/even_data_ratio/$value" "$1" 0 --model "$at/base_$value"
     done
-    if [ "$1" = autoencoder ]; then values="0.1 0.3 3"; else values="0.02 0.2 0.4"; fi
+    if [ "$1" = autoencoder ]; then values="0.1 0.25 1 2"; else values="0.02 0.2 0.4"; fi
     for value in $values; do grpo "$at/exploration_noise/$value" "$1" 0 --model "$base" --exploration-noise "$value"; done
     for value in 0.1 0.2 0.5 1; do
         grpo "$at/even_bonus/$value" "$1" 0 --model "$base" --rewards closeness=1,even_bonus=1 --even-bonus "$value"

@@ -25,3 +25,11 @@ seed() {
 export -f seed train
 mkdir -p "$runs"
 printf '%s\n' 0 1 2 3 4 | xargs -P "${JOBS:-2}" -I{} bash -c 'seed {} > /dev/null 2> "$runs/seed{}.log"'
+
+for run in "$runs"/algorithms/*/seed* "$runs"/rewards/*/seed*; do
+    folder="results/${run#"$runs/"}"
+    mkdir -p "$folder"
+    cp "$run/run.json" "$run/metrics.jsonl" "$run/evaluation.json" "$folder/"
+done
+python plot_metrics.py results/algorithms/*/seed* --out results/algorithms --baseline grpo
+python plot_metrics.py results/rewards/*/seed* --out results/rewards --baseline "$SHAPED"

@@ -342,6 +342,9 @@ def test_runs_are_grouped_by_what_differs_but_the_seed(tmp_path):
     ]
     del runs[0].settings["beta"]  # of an older program: what some runs do not have tells nothing apart
     assert list(plot_metrics.group_runs(runs)) == ["grpo", "rloo"]
+    for run in runs:
+        run.settings["rewards"] = "first=0.1,second=0.2"  # not the seed's 0, 1 and 2
+    assert list(plot_metrics.group_runs(runs)) == ["grpo", "rloo"]
     runs[0].settings["model"] = "another/seed0"
     assert len(plot_metrics.group_runs(runs)) == 3
     assert list(plot_metrics.group_runs(runs[1:2])) == [""]
@@ -359,7 +362,7 @@ def test_the_statistics_of_a_comparison_by_hand(tmp_path):
     assert second["reward"] == pytest.approx(0.15) and second["reward_sd"] == pytest.approx(0)
     assert second["reached_90"] == 0 and np.isnan(second["samples_to_90"])
     text = plot_metrics.markdown([first, second], "grpo").splitlines()
-    assert text[2].startswith("| grpo | 3 | 60.0% ± 10.0% |") and "| – | never |" in text[2]
+    assert text[2].startswith("| grpo | 3 | 60.0% ± 10.0% |") and "| baseline | never |" in text[2]
     assert "| +10.0 [-14.8, +34.8] | never |" in text[3]
 
 
