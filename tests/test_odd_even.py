@@ -203,7 +203,7 @@ def test_the_wrong_kind_of_policy_is_named(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def biased(tmp_path_factory):
     folder = tmp_path_factory.mktemp("odd") / "ae"
-    settings = {"task": "odd_even", "policy": "autoencoder", "learning_rate": 5e-3, "epochs": 150.0}
+    settings = {"task": "odd_even", "policy": "autoencoder", "learning_rate": 5e-3, "epochs": 300.0}
     sft.train(SFTConfig(out=str(folder), **settings))
     return folder
 
@@ -214,7 +214,7 @@ def run(biased, out, **more) -> grpo.Run:
 
 
 def test_a_reward_teaches_the_autoencoder_what_the_data_never_showed(biased, tmp_path):
-    """Fine-tuned on odd sums it fails on even ones; GRPO on closeness mends that. Only the bonus: all answers even."""
+    """Fine-tuned on odd sums it fails on even ones; GRPO on closeness mends that. The bonus alone ruins them all."""
     task, held_out = find_task("odd_even"), odd_even()["held_out"]
     before = inference.evaluate(inference.load(biased, CPU), task, held_out, 8)
     assert before["odd_accuracy"] > 0.9 and before["even_accuracy"] < 0.3
@@ -222,7 +222,7 @@ def test_a_reward_teaches_the_autoencoder_what_the_data_never_showed(biased, tmp
     assert after["odd_accuracy"] > 0.85 and after["even_accuracy"] > 0.85
     hacked = run(biased, tmp_path / "bonus", rewards="even_bonus=1", beta=0.0)
     hacked = inference.evaluate(hacked.policy, task, held_out, 8)
-    assert hacked["even_answers"] > 0.8 and hacked["accuracy"] < 0.7
+    assert hacked["accuracy"] < 0.6 and hacked["mean_error"] > 2 * before["mean_error"]
 
 
 def test_runs_of_the_gaussian_policy_resume_bitwise(biased, tmp_path):

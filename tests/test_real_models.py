@@ -402,8 +402,10 @@ def follow_recipe(task, shared_data, tmp_path, monkeypatch, capsys, kind: str, c
     ("task", "kind", "chat", "flags"),
     [
         ("gsm8k", "qwen2", True, ["--dtype", "bfloat16", "--gradient-checkpointing"]),
-        ("gsm8k", "gpt2", False, ["--dtype", "bfloat16", "--exploration-noise", "0.1"]),
+        ("gsm8k", "gpt2", False, ["--dtype", "bfloat16", "--exploration-noise", "0.1", "--rewards", "hard=1"]),
         ("gsm8k", "qwen2", True, ["--rewards", "soft=1"]),
+        ("gsm8k", "llama", True, ["--rewards", "perplexity=1"]),
+        ("alpaca", "qwen2", True, ["--rewards", "perplexity=1", "--beta", 0]),
         ("smoltldr", "llama", False, ["--ideal-length", 10]),
         ("smoltldr", "gemma2", False, ["--rewards", "char_length=1,perplexity=1,overlap=1", "--beta", 0]),
         ("aimo", "llama3", True, ["--algorithm", "dapo", "--max-resample", "1"]),
