@@ -25,6 +25,7 @@ import copy
 import dataclasses
 import inspect
 import json
+import math
 import os
 import shlex
 import statistics
@@ -596,6 +597,8 @@ def reward_inputs(config: GRPOConfig, asked: set[str], policy: Policy, reference
         base = reference if reference and not config.ref_update_every else None
         if config.scorer:
             base = load(config.scorer, policy.device, config.dtype)
+        if not isinstance(base or policy, TokenPolicy):
+            raise UserError("--rewards perplexity needs a language model as its scorer; an autoencoder is none")
         inputs["scorer"] = frozen_scorer(base or frozen(policy), config.micro_batch_tokens, not config.scorer)
     if "endpoint" in asked:
         key = os.environ.get("JUDGE_API_KEY", "")
@@ -603,9 +606,13 @@ def reward_inputs(config: GRPOConfig, asked: set[str], policy: Policy, reference
     return inputs
 
 
+NOISE = {"transformer": 0.0, "autoencoder": 0.5}  # the exploration noise of each kind of policy, unless it is given
+
+
 def check_columns(config: GRPOConfig, mix: dict[str, tuple[RewardFunction, float]], example: Example) -> None:
     """Raise UserError for a function that asks for what neither the task's examples nor the run have."""
     there = {"prompts", "completions", "completion_ids", "scorer", "endpoint", "state", *example.columns}
+    there |= {name for name in ("ideal_length", "even_bonus") if getattr(config, name) is not None}
     for name, (function, _) in mix.items():
         for asked in inspect.signature(function).parameters.values():
             by_name = asked.kind in (asked.POSITIONAL_OR_KEYWORD, asked.KEYWORD_ONLY)
@@ -615,13 +622,17 @@ def check_columns(config: GRPOConfig, mix: dict[str, tuple[RewardFunction, float
 
 
 def total_reward(mix: dict[str, tuple[RewardFunction, float]], inputs: dict) -> RewardFunction:
-    """The mix as one function, by which policies are compared where a task has no accuracy; None counts as 0."""
+    """The mix as one function, by which policies are compared where a task has no accuracy.
 
-    def reward(**given) -> list[float]:
-        total = [0.0] * len(given["completions"])
+    None where one of the functions has no value, so that an outage is no bad score.
+    """
+
+    def reward(**given) -> list[float | None]:
+        total: list[float | None] = [0.0] * len(given["completions"])
         for function, weight in mix.values():
             values = function(**given, **accepted(function, inputs | {"state": {}}))
-            total = [part + weight * (value or 0.0) for part, value in zip(total, values, strict=True)]
+            pairs = zip(total, values, strict=True)
+            total = [None if value is None or part is None else part + weight * value for part, value in pairs]
         return total
 
     return reward
@@ -640,8 +651,9 @@ def prepare(config: GRPOConfig) -> Run:
     """Check the settings, make or load the base policy, and open the run folder, or restore it with --resume."""
     task, device, out = find_task(config.task), choose_device(config.device), Path(config.out)
     config = dataclasses.replace(
-        config, rewards=config.rewards or task.rewards, max_new_tokens=config.max_new_tokens or task.max_new_tokens
-    )
+        config, rewards=config.rewards or task.rewards, max_new_tokens=config.max_new_tokens or task.max_new_tokens,
+        exploration_noise=NOISE[config.policy] if config.exploration_noise is None else config.exploration_noise,
+    )  # fmt: skip
     algorithm, settings = config.resolved_algorithm, dataclasses.asdict(config)
     mix = parse_rewards(config.rewards)
     asked = inputs_asked(config, mix)
@@ -754,7 +766,7 @@ def validate(run: Run, step: int, bar: tqdm) -> dict[str, float]:
     """
     config, progress, examples = run.config, run.progress, run.data["validation"]
     result = measure(run, run.policy, "validation", samples=2, seed=config.seed)
-    score, progress.stale = result[f"sampled_{run.task.score}"], progress.stale + 1
+    score, progress.stale = result.get(f"sampled_{run.task.score}", -math.inf), progress.stale + 1
     if score > progress.best_score:
         progress.best_step, progress.best_score, progress.stale = step, score, 0
         save(run.policy, run.out)
@@ -762,7 +774,7 @@ def validate(run: Run, step: int, bar: tqdm) -> dict[str, float]:
     rollout = run.policy.sample(shown, 1, (config.seed, 0, 0), config.max_new_tokens, explore=False)
     inputs = run.inputs | {"state": copy.deepcopy(progress.state)}  # to look on changes nothing
     rewards = compute_rewards(run.mix, shown, rollout, 1, inputs)[0][:, 0].tolist()
-    numbers = [show_number(run.task.score, value) for value in (result[run.task.score], score)]
+    numbers = [show_number(run.task.score, value) for value in (result.get(run.task.score, -math.inf), score)]
     scores = f"{run.task.score} {numbers[0]} greedy, {numbers[1]} sampled"
     bar.write(f"step {step}: validation {scores}; the same three questions, sampled:")
     for example, text, reward in zip(shown, rollout.texts, rewards, strict=True):
@@ -855,6 +867,7 @@ def report(run: Run) -> None:
     figures = plot_metrics.plot([out], out)
     print(f"\nbest checkpoint and metrics: {out}   figures: {', '.join(map(str, figures))}")
     start = config.model or str(out / "base")
+    asked = [shlex.quote(held_out[0].question), *(["--task", config.task] if config.task != "arithmetic" else [])]
     again = ["--task", config.task, "--model", start, "--out", "another_run", "--algorithm", "dr_grpo"]
     kept = {name: getattr(config, name) for name in ("data", "policy", "rewards", "judge_url")}
     defaults = {"data": None, "policy": "transformer", "rewards": run.task.rewards, "judge_url": None}
@@ -865,8 +878,8 @@ def report(run: Run) -> None:
         for word in (f"--{name.replace('_', '-')}", value)
     ]
     print(f"""Next:
-  python inference.py {shlex.quote(held_out[0].question)} --model {config.out}
-  python inference.py {shlex.quote(held_out[0].question)} --model {start} {config.out} --samples 4
+  python inference.py {" ".join(asked)} --model {config.out}
+  python inference.py {" ".join(asked)} --model {start} {config.out} --samples 4
   python grpo.py {shlex.join(again)}""")
 
 

@@ -990,8 +990,9 @@ def evaluate(
                     measured = {name: values[i - len(rows)] for name, values in table.items()}
                     question = {"question": example.question, **example.columns}
                     outputs.append(question | {"greedy": greedy, "completion": text} | measured)
-        scores = np.array(table[task.score]).reshape(-1, group_size)
-        return known_means(table), scores
+        means = known_means(table)
+        filled = [means[task.score] if value is None else value for value in table[task.score] if task.score in means]
+        return means, np.array(filled).reshape(-1, group_size)
 
     means, scores = measure(1, greedy=True)
     result = {"problems": len(examples), **means}
@@ -1002,8 +1003,9 @@ def evaluate(
     if samples:
         means, scores = measure(samples, greedy=False)
         result |= {f"sampled_{name}": value for name, value in means.items()}
-        name = f"sampled_{task.score}"
-        result[f"{name}_low"], result[f"{name}_high"] = bootstrap(scores.mean(1))
+        if len(scores):
+            name = f"sampled_{task.score}"
+            result[f"{name}_low"], result[f"{name}_high"] = bootstrap(scores.mean(1))
         for k in (2**i for i in range(1, samples.bit_length() * (task.score == "accuracy"))):
             passed = np.array([pass_at_k(samples, int(right), k) for right in scores.sum(1)])
             result[f"pass@{k}"] = float(passed.mean())

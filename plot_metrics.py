@@ -49,6 +49,8 @@ CURVES = {  # letter in the layout of a comparison: title, metric
     "W": ("completions that show working", "working"),
     "E": ("entropy (nats per token)", "entropy"),
     "L": ("completion length (tokens)", "length"),
+    "R": ("reward, as trained on", "reward"),
+    "K": ("KL to the reference (nats per token)", "kl"),
 }
 LAST = {"reward": "reward", "kl": "KL", "entropy": "entropy", "working": "shows working", "length": "length"}
 # Settings that do not make a run another experiment; `model` counts without the run's own seed in its name.
@@ -192,11 +194,13 @@ def group_runs(runs: list[Run]) -> dict[str, list[Run]]:
     """Return the runs by setting, each named by what tells it from the others; seeds of a setting stand together."""
 
     def value(run: Run, key: str) -> object:
-        value, seed = run.settings.get(key), run.settings.get("seed")
-        return re.sub(rf"(?<!\d){seed}(?!\d)", "*", str(value)) if key == "model" else value
+        if key == "model":
+            return re.sub(rf"seed[_-]?{run.settings.get('seed')}(?=/|$)", "seed*", str(run.settings.get(key)))
+        return run.settings.get(key, "not recorded")
 
-    shared = [key for key in runs[0].settings if all(key in run.settings for run in runs) and key not in NOT_SETTINGS]
-    differ = [key for key in shared if len({str(value(run, key)) for run in runs}) > 1]
+    # A setting that an older program did not record is taken as the one value that all others have, if it is one.
+    keys = [key for key in dict.fromkeys(key for run in runs for key in run.settings) if key not in NOT_SETTINGS]
+    differ = [key for key in keys if len({str(value(run, key)) for run in runs if key in run.settings}) > 1]
     groups: dict[str, list[Run]] = {}
     for run in runs:
         values = {key: value(run, key) for key in differ}
@@ -206,7 +210,11 @@ def group_runs(runs: list[Run]) -> dict[str, list[Run]]:
 
 
 def t_interval(values: np.ndarray) -> tuple[float, float, float]:
-    """Return mean, sd and half of the 95 % interval of the mean (Student's t); the last two NaN for fewer than two."""
+    """Return mean, sd and half of the 95 % interval of the mean (Student's t) of the values that are no NaN.
+
+    Of a single value there is the mean only.
+    """
+    values = values[np.isfinite(values)]
     if len(values) < 2:
         return (float(values[0]) if len(values) else np.nan), np.nan, np.nan
     sd = float(values.std(ddof=1))
@@ -229,6 +237,12 @@ def at_the_end(run: Run, key: str) -> float:
     return float(np.mean(values)) if values else np.nan
 
 
+def score_of(runs: list[Run]) -> str:
+    """Return what the runs are compared by: accuracy, or the reward where a task has none."""
+    last = (run.evaluation.get("last") or {} for run in runs)
+    return "reward" if any("sampled_reward" in result for result in last) else "accuracy"
+
+
 def result(run: Run, key: str) -> float:
     """Return a measure of the last policy on the held-out problems, NaN for a run that has not ended."""
     value = (run.evaluation.get("last") or {}).get(key)
@@ -236,25 +250,25 @@ def result(run: Run, key: str) -> float:
 
 
 def compare(groups: dict[str, list[Run]], baseline: str) -> list[dict[str, float | str]]:
-    """Return a row for each setting: mean and sd of every measure over its runs, and the paired difference.
+    """Return a row for each setting: mean and sd of every measure over its runs that have ended.
 
-    The difference of the held-out accuracy at T = 1 is taken seed by seed from the baseline's; low and high are its
-    95 % interval. `samples_to_90` is the mean over the runs that got there, `reached_90` counts them.
+    The difference of the held-out score at T = 1 is taken seed by seed from the baseline's; low and high are its 95 %
+    interval. `samples_to_90` is the mean over the runs that got there, `reached_90` counts them.
     """
-    base = {run.settings.get("seed"): result(run, "sampled_accuracy") for run in groups[baseline]}
+    score = score_of([run for runs in groups.values() for run in runs])
+    base = {run.settings.get("seed"): result(run, f"sampled_{score}") for run in groups[baseline]}
     rows = []
     for name, runs in groups.items():
-        ended = [run for run in runs if np.isfinite(result(run, "sampled_accuracy"))]
-        columns = {"held_out": [result(run, "sampled_accuracy") for run in ended]}
-        columns["held_out_greedy"] = [result(run, "accuracy") for run in ended]
-        columns |= {key: [at_the_end(run, key) for run in runs] for key in LAST}
-        counts = np.array([samples_to(run) for run in runs])
-        columns["samples_to_90"] = counts[np.isfinite(counts)]
-        row = {"setting": name, "runs": len(ended), "reached_90": len(columns["samples_to_90"])}
+        ended = [run for run in runs if run.evaluation.get("last")]
+        columns = {"held_out": [result(run, f"sampled_{score}") for run in ended]}
+        columns["held_out_greedy"] = [result(run, score) for run in ended]
+        columns |= {key: [at_the_end(run, key) for run in ended] for key in LAST}
+        columns["samples_to_90"] = [samples_to(run) for run in ended]
+        row = {"setting": name, "runs": len(ended), "reached_90": int(np.isfinite(columns["samples_to_90"]).sum())}
         for key, values in columns.items():
             row[key], row[f"{key}_sd"], _ = t_interval(np.array(values, float))
-        pairs = [result(run, "sampled_accuracy") - base.get(run.settings.get("seed"), np.nan) for run in ended]
-        mean, _, half = t_interval(np.array([pair for pair in pairs if np.isfinite(pair)]))
+        pairs = [result(run, f"sampled_{score}") - base.get(run.settings.get("seed"), np.nan) for run in ended]
+        mean, _, half = t_interval(np.array(pairs, float))
         rows.append(row | {"difference": mean, "difference_low": mean - half, "difference_high": mean + half})
     return rows
 
@@ -273,7 +287,8 @@ def markdown(rows: list[dict[str, float | str]], baseline: str) -> str:
         low, high = row["difference_low"], row["difference_high"]
         interval = f" [{100 * low:+.1f}, {100 * high:+.1f}]" if np.isfinite(low) else ""
         difference = f"{100 * row['difference']:+.1f}{interval}" if np.isfinite(row["difference"]) else "–"
-        samples = f"{row['samples_to_90']:,.0f} ({row['reached_90']} runs)" if row["reached_90"] else "never"
+        reached = f" ({row['reached_90']} of {row['runs']})" if row["reached_90"] < row["runs"] else ""
+        samples = f"{row['samples_to_90']:,.0f}{reached}" if row["reached_90"] else "never"
         cells = [row["setting"], str(row["runs"]), *(cell(row, key, form) for key, form in forms.items())]
         measures = (cell(row, key, ".0%" if key == "working" else ".3g") for key in LAST)
         lines.append([*cells, "baseline" if row["setting"] == baseline else difference, samples, *measures])
@@ -281,23 +296,23 @@ def markdown(rows: list[dict[str, float | str]], baseline: str) -> str:
     return "".join(f"| {' | '.join(text.replace('|', '/') for text in line)} |\n" for line in lines)
 
 
-def comparison_figure(groups: dict[str, list[Run]]) -> Figure:
+def comparison_figure(groups: dict[str, list[Run]], smooth: float = 0.6) -> Figure:
     """Return the figure of several settings: curves with a band over seeds, held-out bars, accuracy against reward."""
-    figure = Figure((13, 7), dpi=150, layout="constrained")
-    axes = figure.subplot_mosaic("ABS;WEL")
+    figure = Figure((16, 7), dpi=150, layout="constrained")
+    axes, score = figure.subplot_mosaic("ABSR;WELK"), score_of([run for runs in groups.values() for run in runs])
     labels = [textwrap.fill(name.replace(",", ", "), 24) for name in groups]
     for i, (name, runs) in enumerate(zip(labels, groups.values(), strict=True)):
         colour = f"C{i % 7}"
         for letter, (_, key) in CURVES.items():
-            band = metric(runs, key, 0.6)
+            band = metric(runs, f"validation_sampled_{score}" if letter == "A" else key, smooth)
             if band.n.any():
                 draw(axes[letter], band, colour, label=name, linewidth=1.6)
-        values = np.array([result(run, "sampled_accuracy") for run in runs])
-        mean, _, half = t_interval(values[np.isfinite(values)])
+        mean, _, half = t_interval(np.array([result(run, f"sampled_{score}") for run in runs]))
         error = half if np.isfinite(half) else None
         axes["B"].bar(i, mean, color=colour, alpha=0.8, yerr=error, error_kw={"capsize": 3, "linewidth": 1})
-        axes["B"].annotate(f"{mean:.0%}" if np.isfinite(mean) else "none", (i, 0.02), ha="center", color="white")
-        bands = [metric(runs, key, 0.6).mean for key in ("reward", "accuracy")]
+        text = "none" if np.isnan(mean) else f"{mean:.0%}" if score == "accuracy" else f"{mean:.3g}"
+        axes["B"].annotate(text, (i, 0.02), ha="center", color="dimgray" if np.isnan(mean) else "white")
+        bands = [metric(runs, key, smooth).mean for key in ("reward", "accuracy")]
         axes["S"].plot(*bands, "-", color=colour, linewidth=0.8, alpha=0.6)
         axes["S"].plot(*bands, ".", color=colour, markersize=4)
         known = np.flatnonzero(np.isfinite(bands[0]) & np.isfinite(bands[1]))
@@ -305,11 +320,13 @@ def comparison_figure(groups: dict[str, list[Run]]) -> Figure:
             axes["S"].plot(bands[0][known[-1]], bands[1][known[-1]], "D", color=colour, label=name)
     for letter, ax in axes.items():
         title, label = SUMMARIES.get(letter) or (CURVES[letter][0], "step (one rollout)")
-        ax.set(title=title, xlabel=label)
-        if letter in "ABSW":
+        ax.set(title=title.replace("accuracy", score) if letter in "AB" else title, xlabel=label)
+        if letter in "SW" or (letter in "AB" and score == "accuracy"):
             ax.set_ylim(0, 1.01)
             ax.yaxis.set_major_formatter(PercentFormatter(1))
-    axes["A"].legend()
+        if not any(np.isfinite(line.get_ydata()).any() for line in ax.lines) and letter != "B":
+            ax.text(0.5, 0.5, "not measured", transform=ax.transAxes, ha="center", color="dimgray")
+    axes["R"].legend()
     axes["S"].set_ylabel("accuracy of the samples")
     axes["B"].set_axisbelow(True)
     axes["B"].set_xticks(range(len(groups)), labels, rotation=30, ha="right")
@@ -343,7 +360,7 @@ def remarks(groups: dict[str, list[Run]]) -> list[str]:
         if len(steps) > 1:
             lines.append(f"{name}: its runs have different lengths, {steps[0]} to {steps[-1]} steps")
         for run in runs:
-            if not np.isfinite(result(run, "sampled_accuracy")):
+            if not run.evaluation.get("last"):
                 lines.append(f"{run.folder} has not ended: its curves are drawn, its held-out result is missing")
     return lines
 
@@ -375,7 +392,7 @@ def plot(runs: list[Path], out: Path, smooth: float = 0.6, baseline: str | None 
                 figures["accuracy"] = accuracy_figure(usable)
             return save_figures(figures, out)
         sys.stderr.writelines(f"plot_metrics.py: note: {line}\n" for line in remarks(groups))
-        written = save_figures({"comparison": comparison_figure(groups)}, out)
+        written = save_figures({"comparison": comparison_figure(groups, smooth)}, out)
     rows = compare(groups, baseline)
     (out / "comparison.md").write_text(markdown(rows, baseline), encoding="utf-8")
     with open(out / "comparison.csv", "w", encoding="utf-8", newline="") as file:

@@ -130,11 +130,11 @@ def even_bonus(prompts, completions, even_bonus=0.2, **_) -> list[float]:
 def even_adaptive(prompts, completions, state, even_bonus=0.2, **_) -> list[float]:
     """The same with a bonus that begins at `even_bonus` and follows how rare even answers are.
 
-    It grows by up to 10 % a step while fewer than half of the answers are even, and shrinks while more are; the run
-    keeps the number in its state.
+    It grows by up to 10 % a call while fewer than half of the answers are even, to 1 at most, and shrinks while more
+    are; the run keeps the number in its state.
     """
     even, bonus = even_answer(prompts, completions), state.get("even_bonus", even_bonus)
-    state["even_bonus"] = bonus * (1 + 0.2 * (0.5 - sum(even) / len(even)))
+    state["even_bonus"] = min(1.0, bonus * (1 + 0.2 * (0.5 - sum(even) / len(even))))
     return [bonus * value for value in even]
 
 

@@ -67,10 +67,14 @@ class SFTConfig:
     out: str = option("sft_model", "Run folder for the checkpoint and its metrics.")
     seed: int = option(0, "Seed of the weights and of the order of the demonstrations; never of the split.")
     device: str = option("auto", "Device: auto, cuda, mps or cpu.")
-    epochs: float = option(3.0, "Passes over the demonstrations.")
+    epochs: float | None = option(
+        None, "Passes over the demonstrations. Default: 3; 100 for odd_even, three times that for an autoencoder."
+    )
     batch_size: int = option(64, "Demonstrations in one optimizer step.")
     micro_batch_tokens: int = option(8192, "Most tokens in one forward and backward pass, padding included.")
-    learning_rate: float = option(1.5e-3, "Peak learning rate of AdamW; after the warm-up it falls linearly to 0.")
+    learning_rate: float | None = option(
+        None, "Peak rate of AdamW; after the warm-up it falls linearly to 0. Default: 1.5e-3; 5e-3 for an autoencoder."
+    )
     warmup_steps: int = option(40, "Steps in which the learning rate rises from 0.")
     weight_decay: float = option(0.01, "Weight decay of AdamW.")
     clip_grad_norm: float = option(1.0, "Largest gradient norm; a longer gradient is scaled down to it.")
@@ -157,7 +161,12 @@ def cross_entropy(policy: Policy, rollout: Rollout, token_budget: int, learn: bo
 
 def train(config: SFTConfig) -> Policy:
     """Learn the task's demonstrations, save the policy in `config.out` and return it."""
-    task, device = find_task(config.task), choose_device(config.device)
+    task, device, small = find_task(config.task), choose_device(config.device), config.policy == "autoencoder"
+    config = dataclasses.replace(
+        config,
+        epochs=config.epochs or task.epochs * (3 if small else 1),
+        learning_rate=config.learning_rate or (5e-3 if small else 1.5e-3),
+    )
     if config.model is None and not task.toy:
         raise UserError(f"--task {task.name} needs a --model: a checkpoint folder, or the name of a model on the hub")
     policy = None if config.model is None else load(config.model, device, config.dtype)
@@ -245,7 +254,8 @@ def main() -> None:
         result = evaluate(policy, task, held_out, width, samples=4, batch_rows=config.batch_size)
     write_json(Path(config.out) / "evaluation.json", {"last": result})
     print(results_table({config.out: result}))
-    print(f"Next: python grpo.py --task {config.task} --model {config.out}")
+    kind = " --policy autoencoder" if isinstance(policy, GaussianPolicy) else ""
+    print(f"Next: python grpo.py --task {config.task} --model {config.out}{kind}")
 
 
 if __name__ == "__main__":

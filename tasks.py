@@ -61,6 +61,7 @@ class Task:
     max_new_tokens: int
     plain: str = "{question}"  # how a model without a chat template is asked
     toy: bool = False  # a toy can learn it from nothing, so no --model is needed
+    epochs: float = 3.0  # passes over the demonstrations in fine-tuning
 
     @property
     def score(self) -> str:
@@ -315,6 +316,7 @@ TASKS = {
             chat_instruction="End with the number in <answer>...</answer>.",
             max_new_tokens=8,
             toy=True,
+            epochs=100.0,
         ),
         Task(
             name="gsm8k",

@@ -88,10 +88,15 @@ def sweeps() -> plt.Figure:
             points = dict(sorted(points.items()))
             for i, (key, label) in enumerate(MEASURES.items()):
                 ax.plot(range(len(points)), [run[key] for run in points.values()], "o-", color=f"C{i}", label=label)
+            if setting == "even_data_ratio":  # what fine-tuning alone gives from so many even sums
+                at = HERE / "odd_even" / policy
+                bases = [at / "biased" / "seed0"] + [at / "sweep" / f"base_{value:g}" for value in list(points)[1:]]
+                before = [last(folder)["even_accuracy"] for folder in bases]
+                ax.plot(range(len(points)), before, "s--", color="gray", label="even sums right, before GRPO")
+                ax.legend()
             ax.set_xticks(range(len(points)), [f"{value:g}" for value in points])
             ax.set(title=f"{policy}: {setting.replace('_', ' ')}", ylim=(-0.02, 1.03))
             ax.yaxis.set_major_formatter(plt.matplotlib.ticker.PercentFormatter(1))
-    axes[0, 0].legend()
     figure.suptitle(
         "SFT on biased sums, then GRPO: one setting changed at a time, seed 0, held-out sums, greedy", x=0.3
     )

@@ -90,7 +90,7 @@ FAULTS = [
     Fault(
         "prompts tiled, completions grouped: a group holds completions of several prompts",
         "databricks/compose-rl#147",
-        "inference.py", "packed.group.repeat_interleave(group_size)", "packed.group.repeat(group_size)",
+        "inference.py", "packed.group.repeat_interleave(group_size)\n        uniforms", "packed.group.repeat(group_size)\n        uniforms",
         "oracle_sampler::test_shapes_of_a_rollout",
     ),
     Fault(

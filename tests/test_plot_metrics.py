@@ -340,11 +340,19 @@ def test_runs_are_grouped_by_what_differs_but_the_seed(tmp_path):
         "rloo, beta 0.1",
         "rloo, beta 0.0",
     ]
-    del runs[0].settings["beta"]  # of an older program: what some runs do not have tells nothing apart
+    del runs[0].settings["beta"]  # of an older program, while the others have two values
+    assert list(plot_metrics.group_runs(runs[:3])) == ["not recorded", "beta 0.1", "beta 0.0"]
+    for run in runs[1:]:
+        run.settings["beta"] = 0.1  # now there is one value only, and what was not recorded tells nothing apart
     assert list(plot_metrics.group_runs(runs)) == ["grpo", "rloo"]
     for run in runs:
         run.settings["rewards"] = "first=0.1,second=0.2"  # not the seed's 0, 1 and 2
     assert list(plot_metrics.group_runs(runs)) == ["grpo", "rloo"]
+    for run in runs:  # a hub's name is full of digits that are no seed
+        run.settings["model"] = "Qwen/Qwen2.5-0.5B-Instruct"
+    assert list(plot_metrics.group_runs(runs)) == ["grpo", "rloo"]
+    for run in runs:
+        run.settings["model"] = f"base/seed{run.settings['seed']}"
     runs[0].settings["model"] = "another/seed0"
     assert len(plot_metrics.group_runs(runs)) == 3
     assert list(plot_metrics.group_runs(runs[1:2])) == [""]
@@ -364,6 +372,30 @@ def test_the_statistics_of_a_comparison_by_hand(tmp_path):
     text = plot_metrics.markdown([first, second], "grpo").splitlines()
     assert text[2].startswith("| grpo | 3 | 60.0% ± 10.0% |") and "| baseline | never |" in text[2]
     assert "| +10.0 [-14.8, +34.8] | never |" in text[3]
+
+
+def test_an_unfinished_run_is_no_part_of_the_table(tmp_path):
+    folders = two_settings(tmp_path)
+    write_setting(tmp_path / "stopped", 3, None, [9.0], algorithm="rloo")
+    runs = [plot_metrics.read_run(folder) for folder in [*folders, tmp_path / "stopped"]]
+    row = plot_metrics.compare(plot_metrics.group_runs(runs), "grpo")[1]
+    assert row["runs"] == 3 and row["reward"] == pytest.approx(0.15)
+
+
+def test_a_task_without_accuracy_is_compared_by_its_reward(tmp_path):
+    folders = [write_setting(tmp_path / f"a{i}", i, None, task="alpaca", rewards="judge=1") for i in range(2)]
+    folders += [write_setting(tmp_path / f"b{i}", i, None, task="alpaca", rewards="overlap=1") for i in range(2)]
+    for i, folder in enumerate(folders):
+        last = {"reward": 0.1 * i, "sampled_reward": 0.2 * i}
+        (folder / "evaluation.json").write_text(json.dumps({"last": last}))
+    groups = plot_metrics.group_runs([plot_metrics.read_run(folder) for folder in folders])
+    assert plot_metrics.remarks(groups) == []
+    rows = plot_metrics.compare(groups, "judge=1")
+    assert [row["held_out"] for row in rows] == pytest.approx([0.1, 0.5]) and rows[1]["difference"] == pytest.approx(
+        0.4
+    )
+    bars = panel(plot_metrics.comparison_figure(groups), "held-out reward")
+    assert [patch.get_height() for patch in bars.patches] == pytest.approx([0.1, 0.5])
 
 
 @pytest.mark.parametrize(("n", "quantile"), [(2, 12.706), (3, 4.303), (5, 2.776), (31, 2.042), (32, 1.96)])
