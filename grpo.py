@@ -218,6 +218,8 @@ class GRPOConfig:
         if self.algorithm not in ALGORITHMS:
             raise UserError(f"--algorithm: no algorithm {self.algorithm!r}; there is {', '.join(ALGORITHMS)}")
         check_policy(self.policy)
+        if self.policy == "autoencoder" and self.exploration_noise == 0:
+            raise UserError("--exploration-noise is the autoencoder's standard deviation; it must be above 0")
         if self.policy == "transformer" and (self.exploration_noise or 0.0) >= 1:
             raise UserError(f"--exploration-noise is {self.exploration_noise}, a share; it must be below 1")
         if self.judge_url is not None and not self.judge_url.startswith(("http://", "https://")):
@@ -659,7 +661,7 @@ def prepare(config: GRPOConfig) -> Run:
     asked = inputs_asked(config, mix)
     if algorithm.overlong_buffer:
         mix["overlong-penalty"] = (soft_overlong(config.max_new_tokens, algorithm.overlong_buffer), 1.0)
-    sampling = {"temperature": config.temperature, "exploration_noise": config.exploration_noise}
+    sampling = {"temperature": config.temperature, "exploration_noise": config.exploration_noise or None}
     if config.model is None and not task.toy:
         raise UserError(f"--task {task.name} needs a --model: a checkpoint folder, or the name of a model on the hub")
     policy = load(config.model, device, config.dtype, **sampling) if config.model else None

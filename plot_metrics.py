@@ -204,7 +204,9 @@ def group_runs(runs: list[Run]) -> dict[str, list[Run]]:
     groups: dict[str, list[Run]] = {}
     for run in runs:
         values = {key: value(run, key) for key in differ}
-        names = (v if isinstance(v, str) else f"{key.replace('_', ' ')} {v}" for key, v in values.items())
+        names = (
+            v if isinstance(v, str) else f"{key.replace('_', ' ')} {v}" for key, v in values.items() if v is not None
+        )
         groups.setdefault(", ".join(names), []).append(run)
     return groups
 
@@ -324,7 +326,7 @@ def comparison_figure(groups: dict[str, list[Run]], smooth: float = 0.6) -> Figu
         if letter in "SW" or (letter in "AB" and score == "accuracy"):
             ax.set_ylim(0, 1.01)
             ax.yaxis.set_major_formatter(PercentFormatter(1))
-        if not any(np.isfinite(line.get_ydata()).any() for line in ax.lines) and letter != "B":
+        if letter != "B" and not any(np.isfinite(line.get_ydata()).any() for line in ax.lines):
             ax.text(0.5, 0.5, "not measured", transform=ax.transAxes, ha="center", color="dimgray")
     axes["R"].legend()
     axes["S"].set_ylabel("accuracy of the samples")

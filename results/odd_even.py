@@ -18,10 +18,10 @@ METHODS = {  # folder: what it is called
     "biased": "SFT, biased",
     "biased_longer": "+ SFT, biased",
     "full": "+ SFT, full",
-    "grpo": "+ GRPO, closeness",
-    "grpo_bonus": "+ GRPO, closeness\nand bonus",
-    "grpo_adaptive": "+ GRPO, closeness and\nadaptive bonus",
-    "only_bonus": "+ GRPO, bonus only",
+    "grpo": "+ GRPO,\ncloseness",
+    "grpo_bonus": "+ GRPO,\ncloseness\nand bonus",
+    "grpo_adaptive": "+ GRPO,\ncloseness and\nadaptive bonus",
+    "only_bonus": "+ GRPO,\nbonus only",
 }
 MEASURES = {"odd_accuracy": "odd sums right", "even_accuracy": "even sums right", "even_answers": "even answers"}
 SETTINGS = {  # of a sweep: the value that the comparison has, by policy
@@ -93,10 +93,10 @@ def sweeps() -> plt.Figure:
                 bases = [at / "biased" / "seed0"] + [at / "sweep" / f"base_{value:g}" for value in list(points)[1:]]
                 before = [last(folder)["even_accuracy"] for folder in bases]
                 ax.plot(range(len(points)), before, "s--", color="gray", label="even sums right, before GRPO")
-                ax.legend()
             ax.set_xticks(range(len(points)), [f"{value:g}" for value in points])
             ax.set(title=f"{policy}: {setting.replace('_', ' ')}", ylim=(-0.02, 1.03))
             ax.yaxis.set_major_formatter(plt.matplotlib.ticker.PercentFormatter(1))
+    axes[0, 0].legend()
     figure.suptitle(
         "SFT on biased sums, then GRPO: one setting changed at a time, seed 0, held-out sums, greedy", x=0.3
     )

@@ -17,6 +17,7 @@ seed() {
     for name in $algorithms; do
         train "$runs/algorithms/$name/seed$1" "$1" --algorithm "$name" --num-inner-updates 2
     done
+    train "$runs/algorithms/grpo_without_kl/seed$1" "$1" --algorithm grpo --num-inner-updates 2 --beta 0
     train "$runs/rewards/shaped/seed$1" "$1" --rewards "$SHAPED"
     for name in hard soft perplexity; do
         train "$runs/rewards/$name/seed$1" "$1" --rewards "$name=1"

@@ -463,6 +463,8 @@ def command(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
         (["--algorithm", "pairwise", "--aggregate", "token"], ["pairwise", "--aggregate sequence"]),
         (["--overlong-buffer", "2"], ["--overlong-buffer", "at most 1"]),
         (["--exploration-noise", "1"], ["--exploration-noise", "below 1"]),
+        (["--exploration-noise", "0", "--policy", "autoencoder"], ["--exploration-noise", "above 0"]),
+        (["--policy", "perceptron"], ["--policy", "transformer, autoencoder"]),
         (["--rewards", "judge=1"], ["judge", "--judge-url", "overlap=1"]),
         (["--rewards", "judge=1", "--judge-url", "localhost:8000"], ["--judge-url", "http://"]),
         (["--judge-url", "http://localhost:8000/v1"], ["--judge-url", "does nothing", "answer_exact"]),
@@ -639,7 +641,7 @@ def test_resume_refuses_to_become_another_run(base, tmp_path, small_task, monkey
 
     with pytest.raises(UserError, match="--batch-size 3"):
         parsed("--batch-size", "5")
-    assert parsed("--steps", "9") == dataclasses.replace(config, resume=True, steps=9)
+    assert parsed("--steps", "9") == dataclasses.replace(config, resume=True, steps=9, exploration_noise=0.0)
 
 
 def test_reward_functions_see_what_trl_would_give_them(base, tmp_path, small_task):

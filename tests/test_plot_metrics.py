@@ -332,6 +332,9 @@ def test_runs_are_grouped_by_what_differs_but_the_seed(tmp_path):
         "grpo": [0, 1, 2],
         "rloo": [0, 1, 2],
     }
+    for i, run in enumerate(runs):  # None is a default, and is not named
+        run.settings["beta"] = None if run.settings["algorithm"] == "grpo" else 0.1
+    assert list(plot_metrics.group_runs(runs)) == ["grpo", "rloo, beta 0.1"]
     for i, run in enumerate(runs):
         run.settings["beta"] = 0.1 * (i % 2)
     assert list(plot_metrics.group_runs(runs)) == [
@@ -383,14 +386,14 @@ def test_an_unfinished_run_is_no_part_of_the_table(tmp_path):
 
 
 def test_a_task_without_accuracy_is_compared_by_its_reward(tmp_path):
-    folders = [write_setting(tmp_path / f"a{i}", i, None, task="alpaca", rewards="judge=1") for i in range(2)]
-    folders += [write_setting(tmp_path / f"b{i}", i, None, task="alpaca", rewards="overlap=1") for i in range(2)]
+    folders = [write_setting(tmp_path / f"a{i}", i, None, task="alpaca", scorer="a") for i in range(2)]
+    folders += [write_setting(tmp_path / f"b{i}", i, None, task="alpaca", scorer="b") for i in range(2)]
     for i, folder in enumerate(folders):
         last = {"reward": 0.1 * i, "sampled_reward": 0.2 * i}
         (folder / "evaluation.json").write_text(json.dumps({"last": last}))
     groups = plot_metrics.group_runs([plot_metrics.read_run(folder) for folder in folders])
     assert plot_metrics.remarks(groups) == []
-    rows = plot_metrics.compare(groups, "judge=1")
+    rows = plot_metrics.compare(groups, "a")
     assert [row["held_out"] for row in rows] == pytest.approx([0.1, 0.5]) and rows[1]["difference"] == pytest.approx(
         0.4
     )
