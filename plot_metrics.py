@@ -23,7 +23,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 # salt that makes an SVG the same at every redraw, no parse_math, so that a `$` in a reward function's name stays one.
 STYLE = {
     "axes.prop_cycle": matplotlib.cycler(
-        color=["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+        color=["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]
     )
 }
 STYLE |= {"svg.hashsalt": "grpo", "text.parse_math": False, "font.size": 9, "axes.titlesize": 9.5, "axes.grid": True}
@@ -304,7 +304,7 @@ def comparison_figure(groups: dict[str, list[Run]], smooth: float = 0.6) -> Figu
     axes, score = figure.subplot_mosaic("ABSR;WELK"), score_of([run for runs in groups.values() for run in runs])
     labels = [textwrap.fill(name.replace(",", ", "), 24) for name in groups]
     for i, (name, runs) in enumerate(zip(labels, groups.values(), strict=True)):
-        colour = f"C{i % 7}"
+        colour = f"C{i % 8}"
         for letter, (_, key) in CURVES.items():
             band = metric(runs, f"validation_sampled_{score}" if letter == "A" else key, smooth)
             if band.n.any():

@@ -1,4 +1,4 @@
-"""Draw the figures of study A and print its table from results/odd_even: `python results/odd_even.py`."""
+"""Draw the figures of study A and print its table from results/odd_even: `python results/odd_even.py [FOLDER]`."""
 
 import json
 import statistics
@@ -104,12 +104,11 @@ def sweeps() -> plt.Figure:
 
 
 def main() -> None:
+    out = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "odd_even"
     with plt.style.context(["default", STYLE]):
         for name, figure in (("comparison", comparison()), ("sweeps", sweeps())):
             for kind in ("png", "svg"):
-                figure.savefig(
-                    HERE / "odd_even" / f"{name}.{kind}", dpi=150, metadata={"Date": None} if kind == "svg" else None
-                )
+                figure.savefig(out / f"{name}.{kind}", dpi=150, metadata={"Date": None} if kind == "svg" else None)
     print(table())
 
 

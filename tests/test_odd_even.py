@@ -225,6 +225,18 @@ def test_a_reward_teaches_the_autoencoder_what_the_data_never_showed(biased, tmp
     assert hacked["accuracy"] < 0.6 and hacked["mean_error"] > 2 * before["mean_error"]
 
 
+def test_the_transformer_fails_on_even_sums_too(tmp_path):
+    """A gap of at least 40 points after fine-tuning on odd sums, and a step of GRPO with exploration noise runs."""
+    policy = sft.train(SFTConfig(task="odd_even", out=str(tmp_path / "base"), epochs=60.0))
+    result = inference.evaluate(policy, find_task("odd_even"), odd_even()["held_out"], 8)
+    assert result["odd_accuracy"] - result["even_accuracy"] > 0.4 and result["even_answers"] < 0.1
+    settings = {"exploration_noise": 0.2, "steps": 1, "batch_size": 4, "num_generations": 8}
+    config = GRPOConfig(task="odd_even", model=str(tmp_path / "base"), out=str(tmp_path / "run"), **settings)
+    assert grpo.train(config).progress.step == 1
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert line["sampler_gap"] < 1e-4 and line["ratio_max"] == 1
+
+
 def test_runs_of_the_gaussian_policy_resume_bitwise(biased, tmp_path):
     mix = "closeness=1,even_adaptive=1"
     whole = run(biased, tmp_path / "whole", steps=6, rewards=mix, eval_every=2)

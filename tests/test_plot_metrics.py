@@ -332,7 +332,7 @@ def test_runs_are_grouped_by_what_differs_but_the_seed(tmp_path):
         "grpo": [0, 1, 2],
         "rloo": [0, 1, 2],
     }
-    for i, run in enumerate(runs):  # None is a default, and is not named
+    for run in runs:  # None is a default, and is not named
         run.settings["beta"] = None if run.settings["algorithm"] == "grpo" else 0.1
     assert list(plot_metrics.group_runs(runs)) == ["grpo", "rloo, beta 0.1"]
     for i, run in enumerate(runs):

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import plot_metrics
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
@@ -55,6 +57,20 @@ def test_tables_are_the_committed_results():
     rows = [line for line in printed.stdout.splitlines() if line.startswith("| ") and "seed 0" not in line]
     assert rows and all(row in README for row in rows if "---" not in row)
     assert printed.stdout.splitlines()[-1].partition(": ")[2] in README
+
+
+def test_the_studies_tables_and_figures_follow_from_the_committed_runs(tmp_path):
+    """Study A's table as printed, study B's as drawn again; the tables in the README are these."""
+    command = [sys.executable, str(ROOT / "results" / "odd_even.py"), str(tmp_path)]
+    printed = subprocess.run(command, capture_output=True, text=True)
+    assert (tmp_path / "sweeps.svg").stat().st_size > 10_000
+    rows = [line for line in printed.stdout.splitlines() if line.startswith("| ")]
+    assert len(rows) == 16 and all(row in README for row in rows), printed.stderr
+    for study, baseline in (("algorithms", "grpo"), ("rewards", "answer_format=0.2,answer_near=0.2,answer_exact=0.6")):
+        runs = sorted((ROOT / "results" / study).glob("*/seed*"))
+        plot_metrics.plot(runs, tmp_path, baseline=baseline)
+        drawn = (tmp_path / "comparison.md").read_text()
+        assert drawn == (ROOT / "results" / study / "comparison.md").read_text() and drawn in README
 
 
 def test_line_counts_are_true():
