@@ -514,8 +514,8 @@ class Progress:
 
     step: int = 0
     best_step: int = 0
-    best_score: float = -1.0
-    stale: int = 0  # evaluations since the best one
+    best_score: float = -math.inf
+    stale: int = -1  # evaluations since the best one; -1 before the first
     stopped: str | None = None  # why training ended early
     warned: list = dataclasses.field(default_factory=list)
     state: dict = dataclasses.field(default_factory=dict)  # of adaptive rewards
@@ -769,7 +769,7 @@ def validate(run: Run, step: int, bar: tqdm) -> dict[str, float]:
     config, progress, examples = run.config, run.progress, run.data["validation"]
     result = measure(run, run.policy, "validation", samples=2, seed=config.seed)
     score, progress.stale = result.get(f"sampled_{run.task.score}", -math.inf), progress.stale + 1
-    if score > progress.best_score:
+    if score > progress.best_score or progress.stale == 0:  # the first is kept in any case
         progress.best_step, progress.best_score, progress.stale = step, score, 0
         save(run.policy, run.out)
     shown = examples[:3]
@@ -825,7 +825,7 @@ def train(config: GRPOConfig) -> Run:
     print(f"{config.algorithm}: {config.resolved_algorithm}")
     bar = tqdm(desc="grpo", initial=progress.step, total=config.steps, unit="step")
     with bar, Interrupt() as interrupt:
-        if progress.best_score < 0:  # nothing measured yet
+        if progress.stale < 0:  # nothing measured yet
             append_json(run.out / "metrics.jsonl", {"step": 0, **validate(run, 0, bar)})
             save_progress(run)
         while progress.step < config.steps and progress.stopped is None and not interrupt.signal:

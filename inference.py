@@ -691,7 +691,7 @@ def check_dtype(name: str) -> None:
 
 def load(
     name: str | Path,
-    device: torch.device,
+    device: torch.device | str,
     dtype: str = "float32",
     temperature: float = 1.0,
     exploration_noise: float | None = None,
@@ -700,6 +700,7 @@ def load(
 
     Weights are float32; `dtype` is that of the matrix products. On the device `meta` they are neither fetched nor read.
     """
+    device = torch.device(device)
     weights = device.type != "meta"
     folder = find_checkpoint(name, weights)
     if (folder / "config.json").is_file() and read_json(folder / "config.json").get("model_type") == "autoencoder":
