@@ -232,7 +232,7 @@ def test_missing_scores_are_filled_from_the_group_and_counted(server, random_pol
 def test_alpaca_with_a_judge_end_to_end(server, shared_data, tmp_path, monkeypatch, capsys, name):
     """A judge that fails all the time loses no step: its reward is left out, which is said, and the rate is logged."""
     made = server(name)
-    monkeypatch.setattr(Judge, "pause", 0.001)
+    monkeypatch.setattr("rewards.time.sleep", lambda _: None)  # the pauses before calls that are made again
     flags = ["--judge-url", made.url, "--judge-model", "m", "--judge-scale", 2, "--rewards", "judge=1,token_length=0.1"]
     lines = follow_recipe("alpaca", shared_data, tmp_path, monkeypatch, capsys, "llama", True, flags)
     assert len(made.bodies) >= 8
