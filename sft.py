@@ -159,14 +159,16 @@ def cross_entropy(policy: Policy, rollout: Rollout, token_budget: int, learn: bo
     return total
 
 
-def train(config: SFTConfig) -> Policy:
-    """Learn the task's demonstrations, save the policy in `config.out` and return it."""
-    task, device, small = find_task(config.task), choose_device(config.device), config.policy == "autoencoder"
-    config = dataclasses.replace(
-        config,
-        epochs=config.epochs or task.epochs * (3 if small else 1),
-        learning_rate=config.learning_rate or (5e-3 if small else 1.5e-3),
-    )
+def with_defaults(config: SFTConfig) -> SFTConfig:
+    """The settings with what the task and the kind of policy decide where nothing is given."""
+    small = config.policy == "autoencoder"
+    epochs = config.epochs or find_task(config.task).epochs * (3 if small else 1)
+    return dataclasses.replace(config, epochs=epochs, learning_rate=config.learning_rate or (5e-3 if small else 1.5e-3))
+
+
+def prepare(config: SFTConfig) -> tuple[Policy, tuple[list, list, list], list[list]]:
+    """The policy to start from, and the training and up to 500 validation demonstrations as columns for `pack`."""
+    task, device = find_task(config.task), choose_device(config.device)
     if config.model is None and not task.toy:
         raise UserError(f"--task {task.name} needs a --model: a checkpoint folder, or the name of a model on the hub")
     policy = None if config.model is None else load(config.model, device, config.dtype)
@@ -182,6 +184,13 @@ def train(config: SFTConfig) -> Policy:
     validation = [column[:500] for column in policy.demonstrations(data["validation"])]
     if not train[0] or not validation[0]:
         raise UserError(f"--task {task.name} has no demonstrations that fit the model; take other --data or a --model")
+    return policy, train, validation
+
+
+def train(config: SFTConfig) -> Policy:
+    """Learn the task's demonstrations, save the policy in `config.out` and return it."""
+    config = with_defaults(config)
+    policy, train, validation = prepare(config)
     out = Path(config.out)
     if not config.resume:
         start_run(config.out, dataclasses.asdict(config), config.overwrite)
