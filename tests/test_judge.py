@@ -234,7 +234,7 @@ def test_alpaca_with_a_judge_end_to_end(server, shared_data, tmp_path, monkeypat
     made = server(name)
     monkeypatch.setattr("rewards.time.sleep", lambda _: None)  # the pauses before calls that are made again
     flags = ["--judge-url", made.url, "--judge-model", "m", "--judge-scale", 2, "--rewards", "judge=1,token_length=0.1"]
-    lines = follow_recipe("alpaca", shared_data, tmp_path, monkeypatch, capsys, "llama", True, flags)
+    lines = follow_recipe("alpaca", shared_data, tmp_path, monkeypatch, capsys, "qwen2", True, flags)
     assert len(made.bodies) >= 8
     if name == "fails":
         assert all(line["missing/judge"] == 1 for line in lines[1:])
