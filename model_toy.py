@@ -325,9 +325,13 @@ class Autoencoder(nn.Module):
         )
 
     def init_weights(self, generator: torch.Generator) -> None:
-        """Draw uniform weights within 1 / sqrt(inputs), PyTorch's own default, from this generator; biases are 0."""
+        """Draw uniform weights within 1 / sqrt(inputs), PyTorch's own default; biases and the one-hot table are 0.
+
+        With the table at 0 no number differs from another before the data say so.
+        """
         for name, weight in self.named_parameters():
-            bound = weight.shape[-1] ** -0.5 if name.endswith("weight") else 0.0
+            drawn = name.endswith("weight") and not name.startswith("encoder.0")
+            bound = weight.shape[-1] ** -0.5 if drawn else 0.0
             nn.init.uniform_(weight, -bound, bound, generator=generator)
 
     def forward(self, pairs: torch.Tensor) -> torch.Tensor:

@@ -73,7 +73,7 @@ class SFTConfig:
     batch_size: int = option(64, "Demonstrations in one optimizer step.")
     micro_batch_tokens: int = option(8192, "Most tokens in one forward and backward pass, padding included.")
     learning_rate: float | None = option(
-        None, "Peak rate of AdamW; after the warm-up it falls linearly to 0. Default: 1.5e-3; 5e-3 for an autoencoder."
+        None, "Peak rate of AdamW; after the warm-up it falls linearly to 0. Default: 1.5e-3; 1e-3 for an autoencoder."
     )
     warmup_steps: int = option(40, "Steps in which the learning rate rises from 0.")
     weight_decay: float = option(0.01, "Weight decay of AdamW.")
@@ -163,7 +163,7 @@ def with_defaults(config: SFTConfig) -> SFTConfig:
     """The settings with what the task and the kind of policy decide where nothing is given."""
     small = config.policy == "autoencoder"
     epochs = config.epochs or find_task(config.task).epochs * (3 if small else 1)
-    return dataclasses.replace(config, epochs=epochs, learning_rate=config.learning_rate or (5e-3 if small else 1.5e-3))
+    return dataclasses.replace(config, epochs=epochs, learning_rate=config.learning_rate or (1e-3 if small else 1.5e-3))
 
 
 def prepare(config: SFTConfig) -> tuple[Policy, tuple[list, list, list], list[list]]:

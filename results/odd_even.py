@@ -29,7 +29,7 @@ SETTINGS = {  # of a sweep: the value that the comparison has, by policy
     "exploration_noise": (0.5, 0.1),
     "even_bonus": (0.0, 0.0),
     "steps": (60.0, 60.0),
-    "learning_rate": (1e-3, 1e-4),
+    "learning_rate": (1e-4, 1e-4),
 }
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Study B: reward structures and algorithms on arithmetic, five seeds each from the same base policies.
-# Run it from the repository root; about an hour on 2 cores.
+# Run it from the repository root.
 set -euo pipefail
 export OMP_NUM_THREADS=1 # one thread a run: as many side by side as there are cores, and repeatable
 export runs=${RUNS:-runs} algorithms="grpo dr_grpo dapo gspo cispo rloo pairwise"

@@ -203,26 +203,30 @@ def test_the_wrong_kind_of_policy_is_named(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def biased(tmp_path_factory):
     folder = tmp_path_factory.mktemp("odd") / "ae"
-    settings = {"task": "odd_even", "policy": "autoencoder", "learning_rate": 5e-3, "epochs": 300.0}
-    sft.train(SFTConfig(out=str(folder), **settings))
+    sft.train(SFTConfig(task="odd_even", policy="autoencoder", out=str(folder)))
     return folder
 
 
 def run(biased, out, **more) -> grpo.Run:
-    settings = {"task": "odd_even", "policy": "autoencoder", "learning_rate": 1e-3, "steps": 60, "eval_every": 20}
+    settings = {"task": "odd_even", "policy": "autoencoder", "steps": 60, "eval_every": 20}
     return grpo.train(GRPOConfig(**settings | {"model": str(biased), "out": str(out)} | more))
 
 
 def test_a_reward_teaches_the_autoencoder_what_the_data_never_showed(biased, tmp_path):
-    """Fine-tuned on odd sums it fails on even ones; GRPO on closeness mends that. The bonus alone ruins them all."""
+    """Fine-tuned on odd sums it answers with odd neighbours; GRPO on closeness mends that, the bonus alone does not."""
     task, held_out = find_task("odd_even"), odd_even()["held_out"]
-    before = inference.evaluate(inference.load(biased, CPU), task, held_out, 8)
-    assert before["odd_accuracy"] > 0.9 and before["even_accuracy"] < 0.3
+    policy = inference.load(biased, CPU)
+    before = inference.evaluate(policy, task, held_out, 8)
+    assert before["odd_accuracy"] > 0.95 and before["even_accuracy"] < 0.05
+    numbers = torch.arange(30)
+    with torch.no_grad():
+        error = policy.model(torch.cartesian_prod(numbers, numbers)).view(30, 30) - (numbers[:, None] + numbers)
+    assert error[::2, ::2].mean() > 0.5 and error[1::2, 1::2].mean() < -0.5  # even + even too high, odd + odd too low
     after = inference.evaluate(run(biased, tmp_path / "close").policy, task, held_out, 8)
     assert after["odd_accuracy"] > 0.85 and after["even_accuracy"] > 0.85
     hacked = run(biased, tmp_path / "bonus", rewards="even_bonus=1", beta=0.0)
     hacked = inference.evaluate(hacked.policy, task, held_out, 8)
-    assert hacked["accuracy"] < 0.6 and hacked["mean_error"] > 2 * before["mean_error"]
+    assert hacked["even_answers"] > 0.7 and hacked["odd_accuracy"] < 0.3
 
 
 def test_the_transformer_fails_on_even_sums_too(tmp_path):
