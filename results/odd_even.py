@@ -78,21 +78,31 @@ def comparison() -> plt.Figure:
     return figure
 
 
+def sweep(policy: str, setting: str) -> dict[float, dict[str, float]]:
+    """Results by value of a setting, the comparison's own among them, seed 0."""
+    points = {SETTINGS[setting][POLICIES.index(policy)]: last(HERE / "odd_even" / policy / "grpo" / "seed0")}
+    for folder in (HERE / "odd_even" / policy / "sweep" / setting).iterdir():
+        points[float(folder.name)] = last(folder)
+    return dict(sorted(points.items()))
+
+
+def before(policy: str, ratios: list[float]) -> list[float]:
+    """Even sums right after fine-tuning alone, by even_data_ratio, seed 0."""
+    at = HERE / "odd_even" / policy
+    folders = [at / "sweep" / f"base_{ratio:g}" if ratio else at / "biased" / "seed0" for ratio in ratios]
+    return [last(folder)["even_accuracy"] for folder in folders]
+
+
 def sweeps() -> plt.Figure:
     figure, axes = plt.subplots(2, len(SETTINGS), figsize=(14, 6), layout="constrained", sharey=True)
     for row, policy in zip(axes, POLICIES, strict=True):
-        for ax, (setting, own) in zip(row, SETTINGS.items(), strict=True):
-            points = {own[POLICIES.index(policy)]: last(HERE / "odd_even" / policy / "grpo" / "seed0")}
-            for folder in (HERE / "odd_even" / policy / "sweep" / setting).iterdir():
-                points[float(folder.name)] = last(folder)
-            points = dict(sorted(points.items()))
+        for ax, setting in zip(row, SETTINGS, strict=True):
+            points = sweep(policy, setting)
             for i, (key, label) in enumerate(MEASURES.items()):
                 ax.plot(range(len(points)), [run[key] for run in points.values()], "o-", color=f"C{i}", label=label)
-            if setting == "even_data_ratio":  # what fine-tuning alone gives from so many even sums
-                at = HERE / "odd_even" / policy
-                bases = [at / "biased" / "seed0"] + [at / "sweep" / f"base_{value:g}" for value in list(points)[1:]]
-                before = [last(folder)["even_accuracy"] for folder in bases]
-                ax.plot(range(len(points)), before, "s--", color="gray", label="even sums right, before GRPO")
+            if setting == "even_data_ratio":
+                alone = before(policy, list(points))
+                ax.plot(range(len(points)), alone, "s--", color="gray", label="even sums right, before GRPO")
             ax.set_xticks(range(len(points)), [f"{value:g}" for value in points])
             ax.set(title=f"{policy}: {setting.replace('_', ' ')}", ylim=(-0.02, 1.03))
             ax.yaxis.set_major_formatter(plt.matplotlib.ticker.PercentFormatter(1))
@@ -103,13 +113,27 @@ def sweeps() -> plt.Figure:
     return figure
 
 
+def sweep_lines() -> str:
+    """The sweeps as text, a line for each run."""
+    lines = []
+    for policy in POLICIES:
+        for setting in SETTINGS:
+            points = sweep(policy, setting)
+            alone = before(policy, list(points)) if setting == "even_data_ratio" else [None] * len(points)
+            for (value, run), base in zip(points.items(), alone, strict=True):
+                measures = ", ".join(f"{label} {run[key]:.1%}" for key, label in MEASURES.items())
+                more = "" if base is None else f" (even sums right before GRPO {base:.1%})"
+                lines.append(f"{policy}, {setting} {value:g}: {measures}{more}")
+    return "\n".join(lines)
+
+
 def main() -> None:
     out = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "odd_even"
     with plt.style.context(["default", STYLE]):
         for name, figure in (("comparison", comparison()), ("sweeps", sweeps())):
             for kind in ("png", "svg"):
                 figure.savefig(out / f"{name}.{kind}", dpi=150, metadata={"Date": None} if kind == "svg" else None)
-    print(table())
+    print(table(), sweep_lines(), sep="\n\n")
 
 
 if __name__ == "__main__":
