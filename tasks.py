@@ -110,7 +110,7 @@ def odd_even(even_data_ratio: float = 0.0) -> dict[str, list[Example]]:
         demonstration = (f"<answer>{a + b}</answer>",) if shown else ()
         examples.append(Example(prompt, {"answer": str(a + b)}, demonstration))
     examples = in_fixed_order(examples)
-    return {"validation": examples[:100], "held_out": examples[100:300], "train": examples[300:]}
+    return {"validation": examples[:100], "held_out": examples[300:500], "train": examples[100:300] + examples[500:]}
 
 
 def read_records(path: Path) -> list[dict]:

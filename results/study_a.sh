@@ -21,7 +21,7 @@ grpo() { # out, policy, seed, flags: the last of a flag counts
 compare() { # policy, seed: every method from the same biased base policy
     local at="$runs/$1" base="$runs/$1/biased/seed$2"
     sft "$base" "$1" "$2"
-    sft "$at/biased_longer/seed$2" "$1" "$2" --model "$base" --epochs 102.7 # of 299 odd sums
+    sft "$at/biased_longer/seed$2" "$1" "$2" --model "$base" --epochs 104.8 # of 293 odd sums
     sft "$at/full/seed$2" "$1" "$2" --model "$base" --epochs 51.2 --even-data-ratio 1 # of 600 sums
     grpo "$at/grpo/seed$2" "$1" "$2" --model "$base"
     grpo "$at/grpo_bonus/seed$2" "$1" "$2" --model "$base" --rewards closeness=1,even_bonus=1

@@ -214,25 +214,25 @@ def run(biased, out, **more) -> grpo.Run:
 
 def test_a_reward_teaches_the_autoencoder_what_the_data_never_showed(biased, tmp_path):
     """Fine-tuned on odd sums it answers with odd neighbours; GRPO on closeness mends that, the bonus alone does not."""
-    task, held_out = find_task("odd_even"), odd_even()["held_out"]
+    task, examples = find_task("odd_even"), odd_even()["validation"]  # so that no failure shows held-out results
     policy = inference.load(biased, CPU)
-    before = inference.evaluate(policy, task, held_out, 8)
+    before = inference.evaluate(policy, task, examples, 8)
     assert before["odd_accuracy"] > 0.95 and before["even_accuracy"] < 0.05
     numbers = torch.arange(30)
     with torch.no_grad():
         error = policy.model(torch.cartesian_prod(numbers, numbers)).view(30, 30) - (numbers[:, None] + numbers)
     assert error[::2, ::2].mean() > 0.5 and error[1::2, 1::2].mean() < -0.5  # even + even too high, odd + odd too low
-    after = inference.evaluate(run(biased, tmp_path / "close").policy, task, held_out, 8)
+    after = inference.evaluate(run(biased, tmp_path / "close").policy, task, examples, 8)
     assert after["odd_accuracy"] > 0.85 and after["even_accuracy"] > 0.85
     hacked = run(biased, tmp_path / "bonus", rewards="even_bonus=1", beta=0.0)
-    hacked = inference.evaluate(hacked.policy, task, held_out, 8)
+    hacked = inference.evaluate(hacked.policy, task, examples, 8)
     assert hacked["even_answers"] > 0.7 and hacked["odd_accuracy"] < 0.3
 
 
 def test_the_transformer_fails_on_even_sums_too(tmp_path):
     """A gap of at least 40 points after fine-tuning on odd sums, and a step of GRPO with exploration noise runs."""
     policy = sft.train(SFTConfig(task="odd_even", out=str(tmp_path / "base"), epochs=60.0))
-    result = inference.evaluate(policy, find_task("odd_even"), odd_even()["held_out"], 8)
+    result = inference.evaluate(policy, find_task("odd_even"), odd_even()["validation"], 8)
     assert result["odd_accuracy"] - result["even_accuracy"] > 0.4 and result["even_answers"] < 0.1
     settings = {"exploration_noise": 0.2, "steps": 1, "batch_size": 4, "num_generations": 8}
     config = GRPOConfig(task="odd_even", model=str(tmp_path / "base"), out=str(tmp_path / "run"), **settings)
