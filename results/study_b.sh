@@ -1,36 +1,44 @@
 #!/usr/bin/env bash
 # Study B: reward structures and algorithms on arithmetic, five seeds each from the same base policies.
-# Run it from the repository root.
+# Run it from the repository root. Runs that $RUNS holds whole are kept: name an empty folder after a change of the code.
 set -euo pipefail
 export OMP_NUM_THREADS=1 # one thread a run: as many side by side as there are cores, and repeatable
-export runs=${RUNS:-runs} algorithms="grpo dr_grpo dapo gspo cispo rloo pairwise"
+export runs=${RUNS:-runs}
 export SHAPED=answer_format=0.2,answer_near=0.2,answer_exact=0.6
 
-train() { # out, seed, flags
-    [ -e "$1/evaluation.json" ] && grep -q last "$1/evaluation.json" && return # made already
-    python grpo.py --task arithmetic --seed "$2" --model "$runs/base/seed$2" --out "$1" --overwrite "${@:3}"
-}
-seed() {
+base() { # seed
     [ -e "$runs/base/seed$1/model.safetensors" ] ||
         python sft.py --task arithmetic --seed "$1" --out "$runs/base/seed$1" --overwrite
-    # Two inner updates, since with one the ratio is 1 and no clip acts.
-    for name in $algorithms; do
-        train "$runs/algorithms/$name/seed$1" "$1" --algorithm "$name" --num-inner-updates 2
-    done
-    train "$runs/algorithms/grpo_without_kl/seed$1" "$1" --algorithm grpo --num-inner-updates 2 --beta 0
-    train "$runs/rewards/shaped/seed$1" "$1" --rewards "$SHAPED"
-    for name in hard soft perplexity; do
-        train "$runs/rewards/$name/seed$1" "$1" --rewards "$name=1"
-    done
 }
-export -f seed train
+train() { # study/setting, seed, flags
+    local out="$runs/$1/seed$2"
+    grep -qs last "$out/evaluation.json" ||
+        python grpo.py --task arithmetic --seed "$2" --model "$runs/base/seed$2" --out "$out" --overwrite "${@:3}"
+}
+side_by_side() { # one command a line; stops at the first that fails
+    xargs -P "${JOBS:-2}" -I{} bash -c '{} > /dev/null 2>> "$runs/errors.log" || exit 255' ||
+        { tail -n 3 "$runs/errors.log" >&2; exit 1; }
+}
+export -f base train
 mkdir -p "$runs"
-printf '%s\n' 0 1 2 3 4 | xargs -P "${JOBS:-2}" -I{} bash -c 'seed {} > /dev/null 2> "$runs/seed{}.log"'
+for seed in 0 1 2 3 4; do echo "base $seed"; done | side_by_side
+for seed in 0 1 2 3 4; do
+    # Two inner updates, since with one the ratio is 1 and no clip acts.
+    for name in dapo grpo dr_grpo gspo cispo rloo pairwise; do
+        echo "train algorithms/$name $seed --algorithm $name --num-inner-updates 2"
+    done
+    echo "train algorithms/grpo_without_kl $seed --algorithm grpo --num-inner-updates 2 --beta 0"
+    echo "train rewards/shaped $seed --rewards $SHAPED"
+    for name in hard soft perplexity; do echo "train rewards/$name $seed --rewards $name=1"; done
+done | side_by_side
 
-for run in "$runs"/algorithms/*/seed* "$runs"/rewards/*/seed*; do
-    folder="results/${run#"$runs/"}"
-    mkdir -p "$folder"
-    cp "$run/run.json" "$run/metrics.jsonl" "$run/evaluation.json" "$folder/"
+for study in algorithms rewards; do
+    rm -rf results/$study/*/
+    for run in "$runs/$study"/*/seed*; do
+        folder="results/${run#"$runs/"}"
+        mkdir -p "$folder"
+        cp "$run/run.json" "$run/metrics.jsonl" "$run/evaluation.json" "$folder/"
+    done
 done
 python plot_metrics.py results/algorithms/*/seed* --out results/algorithms --baseline grpo
 python plot_metrics.py results/rewards/*/seed* --out results/rewards --baseline "$SHAPED"
