@@ -55,6 +55,7 @@ CURVES = {  # letter in the layout of a comparison: title, metric
 LAST = {"reward": "reward", "kl": "KL", "entropy": "entropy", "working": "shows working", "length": "length"}
 # Settings that do not make a run another experiment; `model` counts without the run's own seed in its name.
 NOT_SETTINGS = {"seed", "out", "resume", "overwrite", "dry_run", "save_every", "device", "micro_batch_tokens"}
+SPEAK_FOR_THEMSELVES = {"algorithm", "rewards", "model"}  # settings that need no name beside their value
 # Student's t, 97.5 % quantile for 1 to 30 degrees of freedom; beyond, the normal distribution's is near enough.
 T_95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]
 T_95 += [2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042]
@@ -78,16 +79,25 @@ def read_run(folder: Path) -> Run:
         try:
             record = {k: v for k, v in json.loads(line, parse_int=float).items() if isinstance(v, float)}
             metrics.append(record | {"step": int(record["step"])})
-        except (ValueError, AttributeError, KeyError, OverflowError):
+        except (ValueError, AttributeError, KeyError, OverflowError, RecursionError):
             if count < len(lines):
                 raise PlotError(f"{path}, line {count}, is no JSON object with a step: mend or delete it") from None
     if not metrics:
         raise PlotError(f"{path} has no complete line yet: draw it again after the first step")
-    files = {"evaluation.json": {}, "run.json": {}}
-    for name in files:
-        with suppress(OSError, ValueError, TypeError):  # not there yet, or not whole
-            files[name] = dict(json.loads((folder / name).read_text(encoding="utf-8")))
-    return Run(metrics, files["evaluation.json"], files["run.json"].get("settings", {}), folder)
+    evaluation, settings = read_object(folder / "evaluation.json"), read_object(folder / "run.json").get("settings")
+    evaluation = {
+        name: {key: value for key, value in result.items() if isinstance(value, (int, float))}
+        for name, result in evaluation.items()
+        if isinstance(result, dict)
+    }
+    return Run(metrics, evaluation, settings if isinstance(settings, dict) else {}, folder)
+
+
+def read_object(path: Path) -> dict:
+    """Return the JSON object in a file, {} if it is not there yet, or not whole."""
+    with suppress(OSError, ValueError, TypeError, RecursionError):
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    return {}
 
 
 def ema(values: np.ndarray, smooth: float) -> np.ndarray:
@@ -194,9 +204,10 @@ def group_runs(runs: list[Run]) -> dict[str, list[Run]]:
     """Return the runs by setting, each named by what tells it from the others; seeds of a setting stand together."""
 
     def value(run: Run, key: str) -> object:
-        if key == "model":
-            return re.sub(rf"seed[_-]?{run.settings.get('seed')}(?=/|$)", "seed*", str(run.settings.get(key)))
-        return run.settings.get(key, "not recorded")
+        found = run.settings.get(key, "not recorded")
+        if key == "model" and isinstance(found, str):
+            return re.sub(rf"seed[_-]?{run.settings.get('seed')}(?=/|$)", "seed*", found)
+        return found
 
     # A setting that an older program did not record is taken as the one value that all others have, if it is one.
     keys = [key for key in dict.fromkeys(key for run in runs for key in run.settings) if key not in NOT_SETTINGS]
@@ -205,7 +216,9 @@ def group_runs(runs: list[Run]) -> dict[str, list[Run]]:
     for run in runs:
         values = {key: value(run, key) for key in differ}
         names = (
-            v if isinstance(v, str) else f"{key.replace('_', ' ')} {v}" for key, v in values.items() if v is not None
+            str(v) if key in SPEAK_FOR_THEMSELVES else f"{key.replace('_', ' ')} {v}"
+            for key, v in values.items()
+            if v is not None
         )
         groups.setdefault(", ".join(names), []).append(run)
     return groups
@@ -227,7 +240,7 @@ def samples_to(run: Run, share: float = 0.9) -> float:
     """Return how many completions were sampled until this share of a step's was right, NaN if it never was."""
     total = 0.0
     for record in run.metrics:
-        total += record.get("samples", 0.0)
+        total += record.get("samples", np.nan) if "accuracy" in record else 0.0
         if record.get("accuracy", 0.0) >= share:
             return total
     return np.nan
@@ -254,11 +267,13 @@ def result(run: Run, key: str) -> float:
 def compare(groups: dict[str, list[Run]], baseline: str) -> list[dict[str, float | str]]:
     """Return a row for each setting: mean and sd of every measure over its runs that have ended.
 
-    The difference of the held-out score at T = 1 is taken seed by seed from the baseline's; low and high are its 95 %
-    interval. `samples_to_90` is the mean over the runs that got there, `reached_90` counts them.
+    The difference of the held-out score at T = 1 is taken from the baseline's by seed, over `pairs` of runs; low and
+    high are its 95 % interval. Rewards of another mix are not subtracted. `samples_to_90` is the mean over the runs
+    that got there, `reached_90` counts them.
     """
     score = score_of([run for runs in groups.values() for run in runs])
     base = {run.settings.get("seed"): result(run, f"sampled_{score}") for run in groups[baseline]}
+    mix = groups[baseline][0].settings.get("rewards")
     rows = []
     for name, runs in groups.items():
         ended = [run for run in runs if run.evaluation.get("last")]
@@ -270,8 +285,11 @@ def compare(groups: dict[str, list[Run]], baseline: str) -> list[dict[str, float
         for key, values in columns.items():
             row[key], row[f"{key}_sd"], _ = t_interval(np.array(values, float))
         pairs = [result(run, f"sampled_{score}") - base.get(run.settings.get("seed"), np.nan) for run in ended]
-        mean, _, half = t_interval(np.array(pairs, float))
-        rows.append(row | {"difference": mean, "difference_low": mean - half, "difference_high": mean + half})
+        comparable = score == "accuracy" or all(run.settings.get("rewards") == mix for run in runs)
+        pairs = np.array(pairs if comparable else [], float)
+        mean, _, half = t_interval(pairs)
+        row |= {"difference": mean, "difference_low": mean - half, "difference_high": mean + half}
+        rows.append(row | {"pairs": int(np.isfinite(pairs).sum()), "score": score})
     return rows
 
 
@@ -282,16 +300,18 @@ def markdown(rows: list[dict[str, float | str]], baseline: str) -> str:
         spread = f" ± {row[f'{key}_sd']:{form}}" if np.isfinite(row[f"{key}_sd"]) else ""
         return f"{row[key]:{form}}{spread}" if np.isfinite(row[key]) else "–"
 
-    forms = {"held_out": ".1%", "held_out_greedy": ".1%"}
-    heads = ["", "runs", "held-out, T = 1", "held-out, greedy", "difference to the baseline, T = 1", "samples to 90 %"]
+    score = rows[0]["score"]
+    form, unit, points = (".1%", 100, "+.1f") if score == "accuracy" else (".3g", 1, "+.3g")
+    heads = ["", "runs", f"held-out {score}, T = 1", "greedy", "difference to the baseline, T = 1", "samples to 90 %"]
     lines = [[*heads, *LAST.values()]]
     for row in rows:
-        low, high = row["difference_low"], row["difference_high"]
-        interval = f" [{100 * low:+.1f}, {100 * high:+.1f}]" if np.isfinite(low) else ""
-        difference = f"{100 * row['difference']:+.1f}{interval}" if np.isfinite(row["difference"]) else "–"
+        low, high = unit * row["difference_low"], unit * row["difference_high"]
+        interval = f" [{low:{points}}, {high:{points}}]" if np.isfinite(low) else ""
+        few = f" ({row['pairs']} of {row['runs']} runs)" if row["pairs"] < row["runs"] else ""
+        difference = f"{unit * row['difference']:{points}}{interval}{few}" if row["pairs"] else "–"
         reached = f" ({row['reached_90']} of {row['runs']})" if row["reached_90"] < row["runs"] else ""
-        samples = f"{row['samples_to_90']:,.0f}{reached}" if row["reached_90"] else "never"
-        cells = [row["setting"], str(row["runs"]), *(cell(row, key, form) for key, form in forms.items())]
+        samples = f"{cell(row, 'samples_to_90', ',.0f')}{reached}" if row["reached_90"] else "never"
+        cells = [row["setting"], str(row["runs"]), cell(row, "held_out", form), cell(row, "held_out_greedy", form)]
         measures = (cell(row, key, ".0%" if key == "working" else ".3g") for key in LAST)
         lines.append([*cells, "baseline" if row["setting"] == baseline else difference, samples, *measures])
     lines.insert(1, ["---"] * len(lines[0]))
@@ -313,7 +333,7 @@ def comparison_figure(groups: dict[str, list[Run]], smooth: float = 0.6) -> Figu
         error = half if np.isfinite(half) else None
         axes["B"].bar(i, mean, color=colour, alpha=0.8, yerr=error, error_kw={"capsize": 3, "linewidth": 1})
         text = "none" if np.isnan(mean) else f"{mean:.0%}" if score == "accuracy" else f"{mean:.3g}"
-        axes["B"].annotate(text, (i, 0.02), ha="center", color="dimgray" if np.isnan(mean) else "white")
+        axes["B"].annotate(text, (i, 0.02), ha="center", color="white" if mean > 0.1 else "dimgray")
         bands = [metric(runs, key, smooth).mean for key in ("reward", "accuracy")]
         axes["S"].plot(*bands, "-", color=colour, linewidth=0.8, alpha=0.6)
         axes["S"].plot(*bands, ".", color=colour, markersize=4)
@@ -334,33 +354,34 @@ def comparison_figure(groups: dict[str, list[Run]], smooth: float = 0.6) -> Figu
     axes["B"].set_xticks(range(len(groups)), labels, rotation=30, ha="right")
     counts = sorted({len(runs) for runs in groups.values()})
     count = f"{counts[0]} run(s)" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} runs"
-    tasks = {str(run.settings.get("task")) for runs in groups.values() for run in runs}
-    title = f"{' and '.join(tasks)}: {count} of each setting; bands ±1 sd, bars 95 % interval of the mean"
+    task = next(iter(groups.values()))[0].settings.get("task")
+    title = f"{task}: {count} of each setting; bands ±1 sd, bars 95 % interval of the mean of those that have ended"
     figure.suptitle(title, x=0.01, ha="left")
     return figure
 
 
 def same_task(runs: list[Run]) -> list[Run]:
     """Return the runs of the task that most of them have, and name the others on stderr."""
-    tasks = Counter(run.settings.get("task") for run in runs)
+    tasks = Counter(str(run.settings.get("task")) for run in runs)
     kept = tasks.most_common(1)[0][0]
     for run in runs:
-        if run.settings.get("task") != kept:
-            other = run.settings.get("task")
-            print(
-                f"plot_metrics.py: skipped: {run.folder} is of task {other}, not {kept}: compare it alone",
-                file=sys.stderr,
-            )
-    return [run for run in runs if run.settings.get("task") == kept]
+        if str(run.settings.get("task")) != kept:
+            what = f"is of task {run.settings['task']}, not {kept}" if "task" in run.settings else "names no task"
+            mend = "compare it alone" if "task" in run.settings else "restore its run.json"
+            print(f"plot_metrics.py: skipped: {run.folder} {what}: {mend}", file=sys.stderr)
+    return [run for run in runs if str(run.settings.get("task")) == kept]
 
 
 def remarks(groups: dict[str, list[Run]]) -> list[str]:
-    """Return what a reader of the comparison must know: runs that have not ended, and those of different length."""
+    """Return what a reader must know: runs that have not ended, of different length, or of the same seed."""
     lines = []
     for name, runs in groups.items():
-        steps = sorted({run.metrics[-1]["step"] for run in runs})
+        steps, of = sorted({run.metrics[-1]["step"] for run in runs}), f"{name}: " * bool(name)
         if len(steps) > 1:
-            lines.append(f"{name}: its runs have different lengths, {steps[0]} to {steps[-1]} steps")
+            lines.append(f"{of}its runs have different lengths, {steps[0]} to {steps[-1]} steps")
+        for seed, count in Counter(str(run.settings["seed"]) for run in runs if "seed" in run.settings).items():
+            if count > 1:
+                lines.append(f"{of}{count} of its runs have seed {seed}: they count as separate runs")
         for run in runs:
             if not run.evaluation.get("last"):
                 lines.append(f"{run.folder} has not ended: its curves are drawn, its held-out result is missing")
@@ -383,9 +404,12 @@ def plot(runs: list[Path], out: Path, smooth: float = 0.6, baseline: str | None 
     sys.stderr.writelines(f"plot_metrics.py: skipped: {error}\n" for error in errors)
     usable = same_task(usable)
     groups = group_runs(usable)
+    if baseline is not None and baseline not in groups:
+        there = ", ".join(map(repr, groups)) if len(groups) > 1 else "not for runs of a single setting"
+        raise PlotError(f"no setting is named {baseline!r}: --baseline is {there}")
     baseline = next(iter(groups)) if baseline is None else baseline
-    if baseline not in groups and len(groups) > 1:
-        raise PlotError(f"no setting is named {baseline!r}: --baseline is one of {', '.join(map(repr, groups))}")
+    if len(usable) > 1:
+        sys.stderr.writelines(f"plot_metrics.py: note: {line}\n" for line in remarks(groups))
     out.mkdir(parents=True, exist_ok=True)
     with matplotlib.style.context(["default", STYLE]):
         if len(groups) == 1:
@@ -393,7 +417,6 @@ def plot(runs: list[Path], out: Path, smooth: float = 0.6, baseline: str | None 
             if any("validation_accuracy" in record for run in usable for record in run.metrics):
                 figures["accuracy"] = accuracy_figure(usable)
             return save_figures(figures, out)
-        sys.stderr.writelines(f"plot_metrics.py: note: {line}\n" for line in remarks(groups))
         written = save_figures({"comparison": comparison_figure(groups, smooth)}, out)
     rows = compare(groups, baseline)
     (out / "comparison.md").write_text(markdown(rows, baseline), encoding="utf-8")

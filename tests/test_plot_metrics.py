@@ -258,8 +258,9 @@ def test_usable_runs_are_drawn_and_the_others_named(tmp_path):
     (tmp_path / "empty").mkdir()
     result = command(good[0], tmp_path / "absent", good[1], tmp_path / "empty", cwd=tmp_path)
     assert result.returncode == 0 and len(result.stdout.split()) == 4
-    skipped = result.stderr.splitlines()
-    assert len(skipped) == 2 and all(text.startswith("plot_metrics.py: skipped: ") for text in skipped)
+    skipped, notes = result.stderr.splitlines()[:2], result.stderr.splitlines()[2:]
+    assert all(text.startswith("plot_metrics.py: skipped: ") for text in skipped)
+    assert len(notes) == 2 and all("has not ended" in text for text in notes)
     assert "absent" in skipped[0] and "empty" in skipped[1]
     assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == sorted(
         Path(name).name for name in result.stdout.split()
@@ -344,7 +345,9 @@ def test_runs_are_grouped_by_what_differs_but_the_seed(tmp_path):
         "rloo, beta 0.0",
     ]
     del runs[0].settings["beta"]  # of an older program, while the others have two values
-    assert list(plot_metrics.group_runs(runs[:3])) == ["not recorded", "beta 0.1", "beta 0.0"]
+    assert list(plot_metrics.group_runs(runs[:3])) == [
+        *("beta not recorded", "beta 0.1", "beta 0.0"),
+    ]
     for run in runs[1:]:
         run.settings["beta"] = 0.1  # now there is one value only, and what was not recorded tells nothing apart
     assert list(plot_metrics.group_runs(runs)) == ["grpo", "rloo"]
@@ -359,6 +362,11 @@ def test_runs_are_grouped_by_what_differs_but_the_seed(tmp_path):
     runs[0].settings["model"] = "another/seed0"
     assert len(plot_metrics.group_runs(runs)) == 3
     assert list(plot_metrics.group_runs(runs[1:2])) == [""]
+    for i, run in enumerate(runs):  # the same word for two settings
+        run.settings.update(ratio="token" if i % 2 else None, aggregate=None if i % 2 else "token")
+    runs[0].settings["model"] = None
+    names = ["aggregate token", "base/seed*, ratio token", "base/seed*, aggregate token"]
+    assert list(plot_metrics.group_runs(runs[:3])) == names
 
 
 def test_the_statistics_of_a_comparison_by_hand(tmp_path):
@@ -377,6 +385,40 @@ def test_the_statistics_of_a_comparison_by_hand(tmp_path):
     assert "| +10.0 [-14.8, +34.8] | never |" in text[3]
 
 
+def test_a_comparison_is_paired_by_seed(tmp_path):
+    """Whatever the order, and from the seeds that both have; a seed that stands twice is named."""
+    folders = two_settings(tmp_path)
+    runs = [plot_metrics.read_run(folder) for folder in [folders[1], folders[0], *folders[3:]]]
+    row = plot_metrics.compare(groups := plot_metrics.group_runs(runs), "grpo")[1]
+    assert row["runs"] == 3 and row["pairs"] == 2 and row["difference"] == pytest.approx(0.05)  # 0.1 and 0
+    assert "(2 of 3 runs)" in plot_metrics.markdown([row], "grpo")
+    assert plot_metrics.remarks(groups) == []
+    runs[1].settings.update(seed=1, model="base/seed1")
+    assert "2 of its runs have seed 1" in plot_metrics.remarks(plot_metrics.group_runs(runs))[0]
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("run.json", '{"settings": null}'),
+        ("run.json", "[]"),
+        ("run.json", '{"settings": {"task": ["a"], "seed": {}}}'),
+        ("run.json", "[" * 100_000),
+        ("evaluation.json", '{"last": 3}'),
+        ("evaluation.json", '{"last": {"sampled_accuracy": "x", "accuracy": []}, "base": null}'),
+        ("metrics.jsonl", "[" * 100_000 + "\n"),
+    ],
+)
+def test_one_broken_file_does_not_stop_the_others(tmp_path, file, text):
+    folders = two_settings(tmp_path)
+    (folders[0] / file).write_text(text)
+    result = command(*folders, "--out", tmp_path / "out", cwd=tmp_path)
+    assert result.returncode == 0 and str(folders[0]) in result.stderr and "Traceback" not in result.stderr
+    assert "| rloo | 3 |" in (tmp_path / "out" / "comparison.md").read_text()
+    alone = command(folders[0], cwd=tmp_path)
+    assert alone.returncode in (0, 2) and "Traceback" not in alone.stderr
+
+
 def test_an_unfinished_run_is_no_part_of_the_table(tmp_path):
     folders = two_settings(tmp_path)
     write_setting(tmp_path / "stopped", 3, None, [9.0], algorithm="rloo")
@@ -393,10 +435,15 @@ def test_a_task_without_accuracy_is_compared_by_its_reward(tmp_path):
         (folder / "evaluation.json").write_text(json.dumps({"last": last}))
     groups = plot_metrics.group_runs([plot_metrics.read_run(folder) for folder in folders])
     assert plot_metrics.remarks(groups) == []
-    rows = plot_metrics.compare(groups, "a")
+    rows = plot_metrics.compare(groups, "scorer a")
     assert [row["held_out"] for row in rows] == pytest.approx([0.1, 0.5]) and rows[1]["difference"] == pytest.approx(
         0.4
     )
+    table = plot_metrics.markdown(rows, "scorer a")
+    assert "held-out reward" in table and "| 0.5 ± 0.141 |" in table and "| +0.4 [+0.4, +0.4] |" in table
+    for run in groups["scorer b"]:
+        run.settings["rewards"] = "perplexity=1"  # which is not measured in the same units
+    assert plot_metrics.compare(groups, "scorer a")[1]["pairs"] == 0
     bars = panel(plot_metrics.comparison_figure(groups), "held-out reward")
     assert [patch.get_height() for patch in bars.patches] == pytest.approx([0.1, 0.5])
 
