@@ -51,6 +51,7 @@ from inference import (
     TokenPolicy,
     append_json,
     check_dtype,
+    check_kind,
     check_policy,
     choose_device,
     continue_command,
@@ -212,7 +213,7 @@ class GRPOConfig:
         require_numbers(
             self, "steps", "batch_size", "num_inner_updates", "micro_batch_tokens", "learning_rate", "clip_grad_norm",
             "max_new_tokens", "eval_every", "limit", "patience", "kl_limit", "save_every", "ref_update_every",
-            "ideal_length",
+            "ideal_length", "even_bonus",
         )  # fmt: skip
         check_dtype(self.dtype)
         if self.algorithm not in ALGORITHMS:
@@ -665,9 +666,8 @@ def prepare(config: GRPOConfig) -> Run:
     if config.model is None and not task.toy:
         raise UserError(f"--task {task.name} needs a --model: a checkpoint folder, or the name of a model on the hub")
     policy = load(config.model, device, config.dtype, **sampling) if config.model else None
-    if policy and isinstance(policy, GaussianPolicy) != (config.policy == "autoencoder"):
-        kind = "transformer" if config.policy == "autoencoder" else "autoencoder"
-        raise UserError(f"--model: {config.model} is no {config.policy}; add --policy {kind}")
+    if policy:
+        check_kind(policy, config.policy, config.model)
     data = load_task(task, policy is not None and policy.chat, data=config.data, limit=config.limit)
     check_columns(config, mix, data["train"][0])
     if config.resume:

@@ -683,6 +683,13 @@ def check_policy(name: str) -> None:
         raise UserError(f"--policy: {name!r} is not offered; there is transformer, autoencoder")
 
 
+def check_kind(policy: Policy, kind: str, model: str) -> None:
+    """Raise UserError if the checkpoint `model` holds another kind of policy than the one that is asked for."""
+    found = "autoencoder" if isinstance(policy, GaussianPolicy) else "transformer"
+    if found != kind:
+        raise UserError(f"--model: {model} is no {kind}; add --policy {found}")
+
+
 def check_dtype(name: str) -> None:
     """Raise UserError for a dtype that is not offered: float16 would need its loss scaled."""
     if name not in ("float32", "bfloat16"):

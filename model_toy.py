@@ -335,7 +335,7 @@ class Autoencoder(nn.Module):
             nn.init.uniform_(weight, -bound, bound, generator=generator)
 
     def forward(self, pairs: torch.Tensor) -> torch.Tensor:
-        """The mean (P,) for int64 pairs (P, 2), in units of the largest input."""
+        """The mean (P,) for int64 pairs (P, 2); the network's own output is in units of how many numbers there are."""
         inputs = F.one_hot(pairs, self.config.numbers).flatten(1).to(self.encoder[0].weight.dtype)
         return self.config.numbers * self.decoder(self.encoder(inputs))[:, 0]
 

@@ -100,9 +100,18 @@ def to_number(completion: str | list[dict]) -> float | None:
     return float(text) if DECIMAL.fullmatch(text) else None
 
 
+def to_nearest(completion: str | list[dict]) -> int | None:
+    """The integer nearest to the number that a completion is, a half rounded up; None without a number.
+
+    (`round` makes every half even, so that halves would earn the bonus of even answers.)
+    """
+    value = to_number(completion)
+    return None if value is None else math.floor(value + 0.5)
+
+
 def nearest_exact(prompts, completions, answer, **_) -> list[float]:
     """1 where the number rounds to the right integer, else 0."""
-    return [float(d is not None and d <= 0.5) for d in distance(prompts, completions, answer)]
+    return [float(to_nearest(text) == int(right)) for text, right in zip(completions, answer, strict=True)]
 
 
 def distance(prompts, completions, answer, **_) -> list[float | None]:
@@ -118,8 +127,8 @@ def closeness(prompts, completions, answer, **_) -> list[float]:
 
 def even_answer(prompts, completions, **_) -> list[float]:
     """1 where the number rounds to an even integer, else 0."""
-    values = [to_number(completion) for completion in completions]
-    return [float(value is not None and round(value) % 2 == 0) for value in values]
+    values = [to_nearest(completion) for completion in completions]
+    return [float(value is not None and value % 2 == 0) for value in values]
 
 
 def even_bonus(prompts, completions, even_bonus=0.2, **_) -> list[float]:
@@ -133,7 +142,7 @@ def even_adaptive(prompts, completions, state, even_bonus=0.2, **_) -> list[floa
     It grows by up to 10 % a call while fewer than half of the answers are even, to 1 at most, and shrinks while more
     are; the run keeps the number in its state.
     """
-    even, bonus = even_answer(prompts, completions), state.get("even_bonus", even_bonus)
+    even, bonus = even_answer(prompts, completions), state.get("even_bonus", min(1.0, even_bonus))
     state["even_bonus"] = min(1.0, bonus * (1 + 0.2 * (0.5 - sum(even) / len(even))))
     return [bonus * value for value in even]
 

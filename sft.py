@@ -28,6 +28,7 @@ from inference import (
     TokenPolicy,
     append_json,
     check_dtype,
+    check_kind,
     check_policy,
     choose_device,
     continue_command,
@@ -96,17 +97,9 @@ class SFTConfig:
 
     def __post_init__(self):
         require_numbers(
-            self,
-            "epochs",
-            "batch_size",
-            "micro_batch_tokens",
-            "learning_rate",
-            "clip_grad_norm",
-            "copies",
-            "limit",
-            "eval_every",
-            "save_every",
-        )
+            self, "epochs", "batch_size", "micro_batch_tokens", "learning_rate", "clip_grad_norm", "copies", "limit",
+            "eval_every", "save_every",
+        )  # fmt: skip
         check_dtype(self.dtype)
         check_policy(self.policy)
         for name in ("worked", "wrong", "even_data_ratio"):
@@ -172,6 +165,8 @@ def prepare(config: SFTConfig) -> tuple[Policy, tuple[list, list, list], list[li
     if config.model is None and not task.toy:
         raise UserError(f"--task {task.name} needs a --model: a checkpoint folder, or the name of a model on the hub")
     policy = None if config.model is None else load(config.model, device, config.dtype)
+    if policy:
+        check_kind(policy, config.policy, config.model)
     settings = {"worked": config.worked, "wrong": config.wrong, "copies": config.copies}
     settings |= {"data": config.data, "limit": config.limit, "even_data_ratio": config.even_data_ratio}
     data = load_task(task, policy is not None and policy.chat, **settings)

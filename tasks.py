@@ -68,9 +68,9 @@ class Task:
         return next(iter(self.metrics))
 
 
-def in_fixed_order(examples: list[Example]) -> list[Example]:
-    """Shuffle by a hash of the prompt: the same order on every machine, in every version, for every seed."""
-    return sorted(examples, key=lambda example: hashlib.sha256(example.prompt.encode()).digest())
+def in_fixed_order(items: list, text: Callable[..., str] = lambda example: example.prompt) -> list:
+    """Shuffle by a hash of each item's text: the same order on every machine, in every version, for every seed."""
+    return sorted(items, key=lambda item: hashlib.sha256(text(item).encode()).digest())
 
 
 def arithmetic(worked: float = 0.3, wrong: float = 0.95, copies: int = 8) -> dict[str, list[Example]]:
@@ -98,19 +98,21 @@ def arithmetic(worked: float = 0.3, wrong: float = 0.95, copies: int = 8) -> dic
 
 
 def odd_even(even_data_ratio: float = 0.0) -> dict[str, list[Example]]:
-    """The 900 sums a + b of numbers from 0 to 29: 600 to train on, 100 for validation, 200 held out.
+    """The 900 sums a + b of numbers from 0 to 29; a + b and b + a are in the same part.
 
     All of them are asked, but the demonstrations are biased: those of every odd sum, and of a fraction
     `even_data_ratio` of the even ones.
     """
-    examples = []
-    for a, b in itertools.product(range(30), range(30)):
+
+    def ask(a: int, b: int) -> Example:
         prompt = f"What is {a} + {b}?"
         shown = (a + b) % 2 or random.Random(prompt).random() < even_data_ratio
-        demonstration = (f"<answer>{a + b}</answer>",) if shown else ()
-        examples.append(Example(prompt, {"answer": str(a + b)}, demonstration))
-    examples = in_fixed_order(examples)
-    return {"validation": examples[:100], "held_out": examples[300:500], "train": examples[100:300] + examples[500:]}
+        return Example(prompt, {"answer": str(a + b)}, (f"<answer>{a + b}</answer>",) if shown else ())
+
+    pairs = in_fixed_order(list(itertools.combinations_with_replacement(range(30), 2)), str)
+    parts = {"validation": pairs[:52], "held_out": pairs[52:156], "train": pairs[156:]}
+    both = {name: [*part, *((b, a) for a, b in part if a != b)] for name, part in parts.items()}
+    return {name: [ask(a, b) for a, b in part] for name, part in both.items()}
 
 
 def read_records(path: Path) -> list[dict]:
@@ -395,6 +397,6 @@ def load_task(task: Task, chat: bool, **settings) -> dict[str, list[Example]]:
     try:
         inspect.signature(task.load).bind(**given)
     except TypeError as error:
-        name = str(error).split("'")[1]
+        name = str(error).split("'")[1].replace("_", "-")
         raise UserError(f"--{name}: task {task.name} has no such setting; leave it out") from error
     return {name: [pose(task, e, chat) for e in examples] for name, examples in task.load(**given).items()}

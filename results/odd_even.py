@@ -1,6 +1,7 @@
 """Draw the figures of study A and print its table from results/odd_even: `python results/odd_even.py [FOLDER]`."""
 
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from plot_metrics import STYLE, t_interval  # noqa: E402
 
+FIRST, LAST = slice(0, 5), slice(-5, None)  # steps of a run
 POLICIES = ("autoencoder", "transformer")
 METHODS = {  # folder: what it is called
     "biased": "SFT, biased",
@@ -38,26 +40,53 @@ def last(folder: Path) -> dict[str, float]:
     return json.loads((folder / "evaluation.json").read_text())["last"]
 
 
-def results(policy: str, method: str) -> list[dict[str, float]]:
-    return [last(folder) for folder in sorted((HERE / "odd_even" / policy / method).glob("seed*"))]
+def results(policy: str, method: str) -> dict[str, dict[str, float]]:
+    """The results of a method by seed."""
+    folders = sorted(path.parent for path in (HERE / "odd_even" / policy / method).glob("seed*/evaluation.json"))
+    if not folders:
+        sys.exit(f"odd_even.py: error: no run of {policy}, {method}: make it with bash results/study_a.sh")
+    return {folder.name: last(folder) for folder in folders}
+
+
+def interval(values: list[float], form: str = "points", least: float = 0.0, most: float = math.inf) -> str:
+    """Mean and 95 % interval over seeds as text, cut off where no value can be; differences of shares in points."""
+    mean, _, half = t_interval(np.array(values))
+    low, high = max(mean - half, least), min(mean + half, most)
+    if form == "points":
+        return f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+    return f"{mean:{form}} [{low:{form}}, {high:{form}}]"
 
 
 def table() -> str:
-    """The comparison in Markdown: mean and 95 % interval over seeds of each measure, greedy, on held-out sums."""
-    lines = ["| policy | method | odd sums right | even sums right | even answers | mean error |"]
-    lines.append("| --- | --- | --- | --- | --- | --- |")
+    """The comparison in Markdown, greedy, on held-out sums; differences are paired by seed."""
+    measures = {**MEASURES, "mean_error": "mean error"}
+    heads = ["policy", "method", *measures.values(), "odd: difference to GRPO, closeness", "even: the same"]
+    lines = [heads, ["---"] * len(heads)]
     for policy in POLICIES:
+        grpo = results(policy, "grpo")
         for method, name in METHODS.items():
             runs, cells = results(policy, method), []
-            for key in (*MEASURES, "mean_error"):
-                values = [run[key] for run in runs if key in run]
-                mean, half = statistics.fmean(values), t_interval(np.array(values))[2]
-                low, high = mean - half, mean + half
-                form = ".2f" if key == "mean_error" else ".1%"
-                if key != "mean_error":
-                    low, high = max(low, 0.0), min(high, 1.0)
-                cells.append(f"{mean:{form}} [{low:{form}}, {high:{form}}]")
-            lines.append(f"| {policy} | {' '.join(name.split())} | {' | '.join(cells)} |")
+            for key in measures:
+                values = [run[key] for run in runs.values() if key in run]
+                cells.append(interval(values, ".2f") if key == "mean_error" else interval(values, ".1%", most=1.0))
+            for key in ("odd_accuracy", "even_accuracy"):
+                pairs = [runs[seed][key] - grpo[seed][key] for seed in runs.keys() & grpo.keys()]
+                cells.append("–" if method == "grpo" else interval(pairs, least=-1.0))
+            lines.append([policy, " ".join(name.split()), *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def other_lines() -> str:
+    """What the text says besides: the gap that biased data leave, and the reward that each method was trained on."""
+    lines = []
+    for policy in POLICIES:
+        gaps = [run["odd_accuracy"] - run["even_accuracy"] for run in results(policy, "biased").values()]
+        lines.append(f"{policy}: gap after fine-tuning on odd sums, in points: {interval(gaps, least=-1.0)}")
+        for method in list(METHODS)[3:]:
+            paths = (HERE / "odd_even" / policy / method).glob("seed*/metrics.jsonl")
+            steps = [[json.loads(line) for line in path.read_text().splitlines()][1:] for path in paths]
+            ends = [statistics.fmean(line["reward"] for run in steps for line in run[part]) for part in (FIRST, LAST)]
+            lines.append(f"{policy}, {method}: reward {ends[0]:.3f} in the first five steps, {ends[1]:.3f} in the last")
     return "\n".join(lines)
 
 
@@ -66,11 +95,11 @@ def comparison() -> plt.Figure:
     for ax, policy in zip(axes, POLICIES, strict=True):
         for i, (key, label) in enumerate(MEASURES.items()):
             for j, method in enumerate(METHODS):
-                values = [run[key] for run in results(policy, method)]
+                values = [run[key] for run in results(policy, method).values()]
                 x = j + 0.27 * (i - 1)
                 ax.bar(x, statistics.fmean(values), 0.25, color=f"C{i}", alpha=0.8, label=label if j == 0 else None)
                 ax.plot([x] * len(values), values, ".", color="black", markersize=4)
-        ax.set(title=f"{policy}: held-out sums, greedy; bars the mean of five seeds, dots the seeds", ylim=(0, 1.03))
+        ax.set(title=f"{policy}: held-out sums, greedy; bars the mean over seeds, dots the seeds", ylim=(0, 1.03))
         ax.set_axisbelow(True)
         ax.yaxis.set_major_formatter(plt.matplotlib.ticker.PercentFormatter(1))
     axes[0].legend(ncols=3, loc="upper left", bbox_to_anchor=(0.55, 1.14))
@@ -81,8 +110,8 @@ def comparison() -> plt.Figure:
 def sweep(policy: str, setting: str) -> dict[float, dict[str, float]]:
     """Results by value of a setting, the comparison's own among them, seed 0."""
     points = {SETTINGS[setting][POLICIES.index(policy)]: last(HERE / "odd_even" / policy / "grpo" / "seed0")}
-    for folder in (HERE / "odd_even" / policy / "sweep" / setting).iterdir():
-        points[float(folder.name)] = last(folder)
+    for path in (HERE / "odd_even" / policy / "sweep" / setting).glob("*/evaluation.json"):
+        points[float(path.parent.name)] = last(path.parent)
     return dict(sorted(points.items()))
 
 
@@ -133,7 +162,7 @@ def main() -> None:
         for name, figure in (("comparison", comparison()), ("sweeps", sweeps())):
             for kind in ("png", "svg"):
                 figure.savefig(out / f"{name}.{kind}", dpi=150, metadata={"Date": None} if kind == "svg" else None)
-    print(table(), sweep_lines(), sep="\n\n")
+    print(table(), other_lines(), sweep_lines(), sep="\n\n")
 
 
 if __name__ == "__main__":

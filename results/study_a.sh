@@ -1,27 +1,26 @@
 #!/usr/bin/env bash
 # Study A: what a reward can teach that the demonstrations never showed. Every run behind results/odd_even.
-# Run it from the repository root. Each method gets 30,720 samples after the base policy.
+# Each method gets 30,720 samples after the base policy.
+# Run it from the repository root. Runs that $RUNS holds whole are kept: name an empty folder after a change of the code.
 set -euo pipefail
 export OMP_NUM_THREADS=1 # one thread a run: as many side by side as there are cores, and repeatable
 export runs=${RUNS:-runs/odd_even}
 mkdir -p "$runs"
 
-made() { grep -qs last "$1/evaluation.json"; }
 sft() { # out, policy, seed, flags
-    made "$1" && return
-    python sft.py --task odd_even --policy "$2" --seed "$3" --out "$1" --overwrite "${@:4}"
+    grep -qs last "$1/evaluation.json" ||
+        python sft.py --task odd_even --policy "$2" --seed "$3" --out "$1" --overwrite "${@:4}"
 }
 grpo() { # out, policy, seed, flags: the last of a flag counts
-    made "$1" && return
     if [ "$2" = autoencoder ]; then noise=0.5; else noise=0.1; fi
-    python grpo.py --task odd_even --policy "$2" --seed "$3" --out "$1" --overwrite --steps 60 --eval-every 20 \
-        --save-every 1000 --exploration-noise "$noise" "${@:4}"
+    grep -qs last "$1/evaluation.json" ||
+        python grpo.py --task odd_even --policy "$2" --seed "$3" --out "$1" --overwrite --steps 60 --eval-every 20 \
+            --save-every 1000 --exploration-noise "$noise" "${@:4}"
 }
-
 compare() { # policy, seed: every method from the same biased base policy
     local at="$runs/$1" base="$runs/$1/biased/seed$2"
     sft "$base" "$1" "$2"
-    sft "$at/biased_longer/seed$2" "$1" "$2" --model "$base" --epochs 104.8 # of 293 odd sums
+    sft "$at/biased_longer/seed$2" "$1" "$2" --model "$base" --epochs 102.4 # of 300 odd sums
     sft "$at/full/seed$2" "$1" "$2" --model "$base" --epochs 51.2 --even-data-ratio 1 # of 600 sums
     grpo "$at/grpo/seed$2" "$1" "$2" --model "$base"
     grpo "$at/grpo_bonus/seed$2" "$1" "$2" --model "$base" --rewards closeness=1,even_bonus=1
@@ -42,14 +41,18 @@ sweep() { # policy: one setting after the other, seed 0
     for value in 20 120 240; do grpo "$at/steps/$value" "$1" 0 --model "$base" --steps "$value"; done
     for value in 3e-5 3e-4 1e-3; do grpo "$at/learning_rate/$value" "$1" 0 --model "$base" --learning-rate "$value"; done
 }
-export -f made sft grpo compare sweep
+side_by_side() { # one command a line; stops at the first that fails
+    xargs -P "${JOBS:-2}" -I{} bash -c 'set -eE; trap "exit 255" ERR; {} > /dev/null 2>> "$runs/errors.log"' ||
+        { tail -n 3 "$runs/errors.log" >&2; exit 1; }
+}
+export -f sft grpo compare sweep
+for policy in transformer autoencoder; do echo "compare $policy 0"; done | side_by_side # the sweeps start from its base
 {
-    for seed in 0 1 2 3 4; do echo "compare transformer $seed"; done
-    for seed in 0 1 2 3 4; do echo "compare autoencoder $seed"; done
-    echo "sweep transformer"
-    echo "sweep autoencoder"
-} | xargs -P "${JOBS:-2}" -I{} bash -c 'set -e; {} > /dev/null 2>> "$runs/errors.log"'
+    for policy in transformer autoencoder; do echo "sweep $policy"; done
+    for policy in transformer autoencoder; do for seed in 1 2 3 4; do echo "compare $policy $seed"; done; done
+} | side_by_side
 
+rm -rf results/odd_even/*/
 for evaluation in $(cd "$runs" && find . -name evaluation.json); do
     folder="results/odd_even/$(dirname "$evaluation")"
     mkdir -p "$folder"

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,8 +36,12 @@ def gaussian(seed: int = 0, noise: float = 0.5, numbers: int = 5) -> GaussianPol
 def test_all_sums_are_asked_and_odd_ones_are_demonstrated():
     splits = odd_even()
     assert {name: len(examples) for name, examples in splits.items()} == {
-        "validation": 100, "train": 600, "held_out": 200,
+        "validation": 98, "train": 600, "held_out": 202,
     }  # fmt: skip
+    numbers = {
+        name: {tuple(sorted(example.prompt[8:-1].split(" + "))) for example in part} for name, part in splits.items()
+    }
+    assert sum(map(len, numbers.values())) == len(set.union(*numbers.values())) == 465  # no sum is held out mirrored
     examples = [example for part in splits.values() for example in part]
     assert len({example.prompt for example in examples}) == 900
     for example in examples:
@@ -55,6 +61,16 @@ def test_a_fraction_of_the_even_sums_is_demonstrated(ratio):
         assert [e.prompt for e in splits[name]] == [e.prompt for e in biased[name]]
         assert all(e.demonstrations or not b.demonstrations for e, b in zip(splits[name], biased[name], strict=True))
     assert odd_even(even_data_ratio=ratio) == splits
+
+
+def test_the_study_compares_equal_budgets_of_samples():
+    """Its passes over the demonstrations are as many samples as 60 steps of 32 x 16 completions."""
+    script = (Path(__file__).parent.parent / "results" / "study_a.sh").read_text()
+    passes = re.findall(r"--epochs ([0-9.]+).* # of ([0-9]+) ", script)
+    counts = [sum(map(bool, (e.demonstrations for e in odd_even(ratio)["train"]))) for ratio in (0, 1)]
+    assert [int(count) for _, count in passes] == counts
+    assert "--steps 60 " in script and GRPOConfig().batch_size * GRPOConfig().num_generations == 512
+    assert [float(epochs) * int(count) for epochs, count in passes] == pytest.approx([60 * 512] * 2, rel=0.001)
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.1, float("nan")])
@@ -93,6 +109,8 @@ def test_rewards_by_hand():
     assert nearest_exact(None, texts, answer) == [1, 0, 0, 0]
     assert even_answer(None, texts) == [1, 1, 1, 0]
     assert even_bonus(None, texts, even_bonus=0.3) == [0.3, 0.3, 0.3, 0]
+    halves = ["0.5", "1.5", "-0.5", "-1.5"]  # up, so that not all of them are even
+    assert nearest_exact(None, halves, ["1", "2", "0", "-1"]) == [1] * 4 and even_answer(None, halves) == [0, 1, 1, 0]
     metrics = find_task("odd_even").metrics
     assert metrics["even_accuracy"](None, texts, answer) == [1, 0, None, 0]
     assert metrics["odd_accuracy"](None, texts, answer) == [None, None, 0, None]
@@ -107,6 +125,8 @@ def test_the_adaptive_bonus_follows_how_rare_even_answers_are():
     even_adaptive(None, ["2", "4"], state=state)
     assert state["even_bonus"] == pytest.approx(0.22 * 0.9)
     assert even_adaptive(None, ["2"], state={}, even_bonus=0.7) == [0.7]
+    state = {}
+    assert even_adaptive(None, ["1", "2", "1"], state, even_bonus=3) == [0, 1, 0] and state == {"even_bonus": 1}
 
 
 # --- The Gaussian policy --------------------------------------------------------------------------------------------
@@ -190,7 +210,11 @@ def test_the_wrong_kind_of_policy_is_named(tmp_path, monkeypatch):
     inference.save(gaussian(numbers=30), tmp_path / "ae")
     with pytest.raises(UserError, match="add --policy autoencoder"):
         grpo.train(GRPOConfig(task="odd_even", model=str(tmp_path / "ae"), out=str(tmp_path / "run")))
+    with pytest.raises(UserError, match="add --policy autoencoder"):
+        sft.train(SFTConfig(task="odd_even", model=str(tmp_path / "ae"), out=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match="--even-data-ratio: task arithmetic has no such setting"):
+        sft.train(SFTConfig(even_data_ratio=0.5, out=str(tmp_path / "run")))
     with pytest.raises(UserError, match="'perceptron' is not offered"):
         SFTConfig(policy="perceptron")
     with pytest.raises(UserError, match="reads two integers"):
