@@ -1,6 +1,7 @@
 """The study of odd and even sums: the data's bias, the Gaussian policy, the rewards that it is trained with."""
 
 import dataclasses
+import importlib.util
 import json
 import math
 import re
@@ -71,6 +72,15 @@ def test_the_study_compares_equal_budgets_of_samples():
     assert [int(count) for _, count in passes] == counts
     assert "--steps 60 " in script and GRPOConfig().batch_size * GRPOConfig().num_generations == 512
     assert [float(epochs) * int(count) for epochs, count in passes] == pytest.approx([60 * 512] * 2, rel=0.001)
+
+
+def test_intervals_of_the_studys_table_by_hand():
+    """Mean 0.2, sd 0.1: half an interval is 4.303 * 0.1 / sqrt(3) = 0.248; shares end at 0 and 1."""
+    path = Path(__file__).parent.parent / "results" / "odd_even.py"
+    spec = importlib.util.spec_from_file_location("study_a", path)
+    spec.loader.exec_module(study := importlib.util.module_from_spec(spec))
+    assert study.interval([0.1, 0.2, 0.3], least=-1.0) == "+20.0 [-4.8, +44.8]"
+    assert study.interval([0.1, 0.2, 0.3], ".1%", most=0.4) == "20.0% [0.0%, 40.0%]"
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.1, float("nan")])
