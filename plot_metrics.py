@@ -322,7 +322,7 @@ def comparison_figure(groups: dict[str, list[Run]], smooth: float = 0.6) -> Figu
     """Return the figure of several settings: curves with a band over seeds, held-out bars, accuracy against reward."""
     figure = Figure((16, 7), dpi=150, layout="constrained")
     axes, score = figure.subplot_mosaic("ABSR;WELK"), score_of([run for runs in groups.values() for run in runs])
-    labels = [textwrap.fill(name.replace(",", ", "), 24) for name in groups]
+    labels = [textwrap.fill(re.sub(",(?! )", ", ", name), 24) for name in groups]
     for i, (name, runs) in enumerate(zip(labels, groups.values(), strict=True)):
         colour = f"C{i % 8}"
         for letter, (_, key) in CURVES.items():
