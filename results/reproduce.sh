@@ -14,7 +14,8 @@ seed() {
 export -f seed
 export runs
 mkdir -p "$runs"
-printf '%s\n' 0 1 2 3 4 | xargs -P "${JOBS:-2}" -I{} bash -c 'seed {} > /dev/null 2> "$runs/seed{}.log"'
+printf '%s\n' 0 1 2 3 4 | xargs -P "${JOBS:-2}" -I{} bash -c 'set -e; seed {} > /dev/null 2> "$runs/seed{}.log"' ||
+    { tail -n 3 "$runs"/seed*.log >&2; exit 1; }
 
 for study in main long shuffled; do
     for number in 0 1 2 3 4; do
