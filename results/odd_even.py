@@ -71,7 +71,7 @@ def table() -> str:
                 cells.append(interval(values, ".2f") if key == "mean_error" else interval(values, ".1%", most=1.0))
             for key in ("odd_accuracy", "even_accuracy"):
                 pairs = [runs[seed][key] - grpo[seed][key] for seed in runs.keys() & grpo.keys()]
-                cells.append("–" if method == "grpo" else interval(pairs, least=-1.0))
+                cells.append("–" if method == "grpo" else interval(pairs, least=-1.0, most=1.0))
             lines.append([policy, " ".join(name.split()), *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -81,12 +81,17 @@ def other_lines() -> str:
     lines = []
     for policy in POLICIES:
         gaps = [run["odd_accuracy"] - run["even_accuracy"] for run in results(policy, "biased").values()]
-        lines.append(f"{policy}: gap after fine-tuning on odd sums, in points: {interval(gaps, least=-1.0)}")
+        lines.append(f"{policy}: gap after fine-tuning on odd sums, in points: {interval(gaps, least=-1.0, most=1.0)}")
         for method in list(METHODS)[3:]:
             paths = (HERE / "odd_even" / policy / method).glob("seed*/metrics.jsonl")
             steps = [[json.loads(line) for line in path.read_text().splitlines()][1:] for path in paths]
             ends = [statistics.fmean(line["reward"] for run in steps for line in run[part]) for part in (FIRST, LAST)]
-            lines.append(f"{policy}, {method}: reward {ends[0]:.3f} in the first five steps, {ends[1]:.3f} in the last")
+            errors, grpo = ({k: run["mean_error"] for k, run in results(policy, m).items()} for m in (method, "grpo"))
+            worse = interval([errors[seed] - grpo[seed] for seed in errors.keys() & grpo.keys()], "+.2f", -math.inf)
+            lines.append(
+                f"{policy}, {method}: reward {ends[0]:.3f} in the first five steps, {ends[1]:.3f} in the last;"
+            )
+            lines[-1] += f" mean error {worse} from closeness alone"
     return "\n".join(lines)
 
 

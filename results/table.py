@@ -11,7 +11,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from plot_metrics import t_interval  # noqa: E402
+from plot_metrics import read_run, samples_to, t_interval  # noqa: E402
 from tasks import OPERATIONS, Example, arithmetic  # noqa: E402
 
 MEASURES = {"accuracy": "greedy", "sampled_accuracy": "T = 1", "sampled_working": "shows working, T = 1"}
@@ -49,18 +49,26 @@ for name in ("validation", "held_out"):
 table("main", ("base", "best", "last"))
 table("long", ("last",))
 table("shuffled", ("base", "last"))
-print("\nWhat the text on study B says of single runs:")
-for folder in [*sorted(HERE.glob("algorithms/*/")), *sorted(HERE.glob("rewards/*/"))]:
-    steps = [
-        [json.loads(line) for line in path.read_text().splitlines()][1:]
-        for path in sorted(folder.glob("seed*/metrics.jsonl"))
-    ]
-    samples = statistics.fmean(line["samples"] for run in steps for line in run)
-    clipped = statistics.fmean(line["clip_low"] + line["clip_high"] for run in steps for line in run[:15])
-    study = f"{folder.parent.name}/{folder.name}"
-    base, last = ([run[which]["sampled_accuracy"] for run in read(study)] for which in ("base", "last"))
-    print(f"{study}: {samples:,.0f} completions a step, {clipped:.2%} of the tokens clipped in the first 15 steps;")
-    print(f"  held out, T = 1: {statistics.fmean(base):.1%} to {', '.join(f'{value:.1%}' for value in last)} by seed")
+print("\nWhat the text on study B says besides its tables; differences from the baseline, paired by seed:")
+for study, baseline in (("algorithms", "grpo"), ("rewards", "shaped")):
+    settings = {path.name: [read_run(run) for run in sorted(path.glob("seed*"))] for path in (HERE / study).glob("*/")}
+    for name, runs in sorted(settings.items()):
+        steps = [record for run in runs for record in run.metrics if "samples" in record]
+        samples = statistics.fmean(record["samples"] for record in steps)
+        clipped = statistics.fmean(r["clip_low"] + r["clip_high"] for r in steps if r["step"] <= 15)
+        base, last = ([run.evaluation[which]["sampled_accuracy"] for run in runs] for which in ("base", "last"))
+        print(f"{study}/{name}: {samples:,.0f} completions a step, {clipped:.2%} of the tokens clipped in 15 steps;")
+        print(
+            f"  held out, T = 1: {statistics.fmean(base):.1%} to {', '.join(f'{value:.1%}' for value in last)} by seed;"
+        )
+        pairs = list(zip(runs, settings[baseline], strict=True))
+        greedy = [
+            100 * (run.evaluation["last"]["accuracy"] - other.evaluation["last"]["accuracy"]) for run, other in pairs
+        ]
+        sooner = [samples_to(run) - samples_to(other) for run, other in pairs]
+        for what, values, form in (("greedy, points", greedy, "+.2f"), ("samples to 90 %", sooner, "+,.0f")):
+            mean, _, half = t_interval(np.array(values))
+            print(f"  {what}: {mean:{form}} [{mean - half:{form}}, {mean + half:{form}}]")
 changes = [run["last"]["sampled_accuracy"] - run["base"]["sampled_accuracy"] for run in read("shuffled")]
 mean, _, half = t_interval(np.array(changes))
 print(f"\nshuffled, change at T = 1: {mean:+.1%}, 95 % interval [{mean - half:+.1%}, {mean + half:+.1%}]")
