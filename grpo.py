@@ -54,7 +54,6 @@ from inference import (
     check_kind,
     check_policy,
     choose_device,
-    continue_command,
     evaluate,
     join,
     known_means,
@@ -845,8 +844,7 @@ def train(config: GRPOConfig) -> Run:
             bar.update()
     if interrupt.signal:
         save_progress(run)
-        print(f"saved after step {progress.step}; continue with: {continue_command()}", file=sys.stderr)
-        sys.exit(128 + interrupt.signal)
+        interrupt.leave(progress.step)
     if progress.stopped:
         print(f"stopped after step {progress.step}: {progress.stopped}")
     return run

@@ -965,6 +965,19 @@ def known_means(table: dict[str, list[float | None]]) -> dict[str, float]:
     return {name: statistics.fmean(values) for name, values in known.items() if values}
 
 
+def sampled_results(task: Task, means: dict[str, float], scores: np.ndarray) -> dict[str, float]:
+    """The means of several samples a problem, and of their scores (problems, samples) the interval and pass@k."""
+    result, samples = {f"sampled_{name}": value for name, value in means.items()}, scores.shape[1]
+    if len(scores):
+        name = f"sampled_{task.score}"
+        result[f"{name}_low"], result[f"{name}_high"] = bootstrap(scores.mean(1))
+    for k in (2**i for i in range(1, samples.bit_length() * (task.score == "accuracy"))):
+        passed = np.array([pass_at_k(samples, int(right), k) for right in scores.sum(1)])
+        result[f"pass@{k}"] = float(passed.mean())
+        result[f"pass@{k}_low"], result[f"pass@{k}_high"] = bootstrap(passed)
+    return result
+
+
 def evaluate(
     policy: Policy,
     task: Task,
@@ -1008,17 +1021,7 @@ def evaluate(
         shares = name in ("accuracy", "lenient")  # of problems, each right or wrong
         interval = wilson(means[name] * len(examples), len(examples)) if shares else bootstrap(scores.mean(1))
         result[f"{name}_low"], result[f"{name}_high"] = interval
-    if samples:
-        means, scores = measure(samples, greedy=False)
-        result |= {f"sampled_{name}": value for name, value in means.items()}
-        if len(scores):
-            name = f"sampled_{task.score}"
-            result[f"{name}_low"], result[f"{name}_high"] = bootstrap(scores.mean(1))
-        for k in (2**i for i in range(1, samples.bit_length() * (task.score == "accuracy"))):
-            passed = np.array([pass_at_k(samples, int(right), k) for right in scores.sum(1)])
-            result[f"pass@{k}"] = float(passed.mean())
-            result[f"pass@{k}_low"], result[f"pass@{k}_high"] = bootstrap(passed)
-    return result
+    return result | sampled_results(task, *measure(samples, greedy=False)) if samples else result
 
 
 # --- Command line ---------------------------------------------------------------------------------------------------
@@ -1089,6 +1092,11 @@ class Interrupt:
         self.signal = number
         tqdm.write("finishing the step, then saving; once more stops at once", file=sys.stderr)
         self.__exit__()
+
+    def leave(self, step: int) -> None:
+        """Say how to continue the run that was saved after `step`, and exit with the signal's usual status."""
+        print(f"saved after step {step}; continue with: {continue_command()}", file=sys.stderr)
+        sys.exit(128 + self.signal)
 
     def __exit__(self, *_):
         for number, handler in self.previous.items():

@@ -10,7 +10,6 @@ change it.
 import dataclasses
 import itertools
 import re
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,7 +30,6 @@ from inference import (
     check_kind,
     check_policy,
     choose_device,
-    continue_command,
     evaluate,
     load,
     load_state,
@@ -229,8 +227,7 @@ def train(config: SFTConfig) -> Policy:
             bar.set_postfix({"loss": f"{loss:.3f}", "tok/s": f"{rate:.0f}"}, refresh=False)
             bar.update()
             if interrupt.signal:
-                print(f"saved after step {progress.step}; continue with: {continue_command()}", file=sys.stderr)
-                sys.exit(128 + interrupt.signal)
+                interrupt.leave(progress.step)
     save(policy, out)
     return policy
 

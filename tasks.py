@@ -11,7 +11,7 @@ import itertools
 import json
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -68,7 +68,7 @@ class Task:
         return next(iter(self.metrics))
 
 
-def in_fixed_order(items: list, text: Callable[..., str] = lambda example: example.prompt) -> list:
+def in_fixed_order(items: Iterable, text: Callable[..., str] = lambda example: example.prompt) -> list:
     """Shuffle by a hash of each item's text: the same order on every machine, in every version, for every seed."""
     return sorted(items, key=lambda item: hashlib.sha256(text(item).encode()).digest())
 
@@ -100,8 +100,7 @@ def arithmetic(worked: float = 0.3, wrong: float = 0.95, copies: int = 8) -> dic
 def odd_even(even_data_ratio: float = 0.0) -> dict[str, list[Example]]:
     """The 900 sums a + b of numbers from 0 to 29; a + b and b + a are in the same part.
 
-    All of them are asked, but the demonstrations are biased: those of every odd sum, and of a fraction
-    `even_data_ratio` of the even ones.
+    All are asked, but only odd sums and a fraction `even_data_ratio` of the even ones have demonstrations.
     """
 
     def ask(a: int, b: int) -> Example:
@@ -109,10 +108,9 @@ def odd_even(even_data_ratio: float = 0.0) -> dict[str, list[Example]]:
         shown = (a + b) % 2 or random.Random(prompt).random() < even_data_ratio
         return Example(prompt, {"answer": str(a + b)}, (f"<answer>{a + b}</answer>",) if shown else ())
 
-    pairs = in_fixed_order(list(itertools.combinations_with_replacement(range(30), 2)), str)
+    pairs = in_fixed_order(itertools.combinations_with_replacement(range(30), 2), str)
     parts = {"validation": pairs[:52], "held_out": pairs[52:156], "train": pairs[156:]}
-    both = {name: [*part, *((b, a) for a, b in part if a != b)] for name, part in parts.items()}
-    return {name: [ask(a, b) for a, b in part] for name, part in both.items()}
+    return {name: [ask(*p) for p in dict.fromkeys(part + [p[::-1] for p in part])] for name, part in parts.items()}
 
 
 def read_records(path: Path) -> list[dict]:

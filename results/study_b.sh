@@ -16,7 +16,7 @@ train() { # study/setting, seed, flags
         python grpo.py --task arithmetic --seed "$2" --model "$runs/base/seed$2" --out "$out" --overwrite "${@:3}"
 }
 side_by_side() { # one command a line; stops at the first that fails
-    xargs -P "${JOBS:-2}" -I{} bash -c '{} > /dev/null 2>> "$runs/errors.log" || exit 255' ||
+    xargs -P "${JOBS:-2}" -I{} bash -c 'set -eE; trap "exit 255" ERR; {} > /dev/null 2>> "$runs/errors.log"' ||
         { tail -n 3 "$runs/errors.log" >&2; exit 1; }
 }
 export -f base train
