@@ -92,7 +92,7 @@ class LlamaConfig:
         Wavelengths above original_max_position_embeddings / low_freq_factor are stretched by `factor`, those below
         original / high_freq_factor stay, and those between are interpolated (Llama 3.1's reference code).
         """
-        exponent = torch.arange(0, self.head_dim, 2) / self.head_dim
+        exponent = torch.arange(0, self.head_dim, 2, device="cpu") / self.head_dim  # also where weights are on meta
         frequency = self.rope_theta**-exponent
         if self.rope_scaling is None:
             return frequency
@@ -275,11 +275,14 @@ class Llama(nn.Module):
         return {name: x for name, x in self.state_dict().items() if not (tied and name == "lm_head.weight")}
 
     def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
-        """Take the weights of a checkpoint; raises RuntimeError if they do not fit."""
+        """Take the weights of a checkpoint, in float32 where the model had none yet; raises RuntimeError."""
         weights = {name: x for name, x in weights.items() if not name.endswith("rotary_emb.inv_freq")}  # old files
         if self.config.tie_word_embeddings:
             weights["lm_head.weight"] = weights.get("model.embed_tokens.weight", torch.empty(0))
-        self.load_state_dict(weights)
+        new = self.lm_head.weight.is_meta
+        self.load_state_dict({name: x.float() for name, x in weights.items()} if new else weights, assign=new)
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
 
 
 @dataclass(frozen=True)
@@ -345,99 +348,6 @@ class Autoencoder(nn.Module):
     def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
         """Take the weights of a checkpoint; raises RuntimeError if they do not fit."""
         self.load_state_dict(weights)
-
-
-class HubCache:
-    """The cache of any model of `transformers`, with `Cache`'s way to select and repeat rows."""
-
-    def __init__(self):
-        from transformers import DynamicCache
-
-        self.inner = DynamicCache()
-
-    def select(self, rows: torch.Tensor, room: int = 0) -> "HubCache":
-        """These rows (int64 indices, repeats allowed); it grows by concatenation, so `room` is not needed."""
-        copy = HubCache()
-        for i, layer in enumerate(self.inner.layers):
-            copy.inner.update(layer.keys.index_select(0, rows), layer.values.index_select(0, rows), i)
-        return copy
-
-
-class HubModel(nn.Module):
-    """Any causal language model of `transformers` behind the two calls of `Llama`; raises ValueError for some."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        if getattr(model, "_is_stateful", False):
-            raise ValueError(f"{model.config.model_type} is recurrent: its state cannot be cut back to single rows")
-        self.model, self.config, self.full_logits = model, model.config.get_text_config(), False
-        self.max_length = getattr(self.config, "max_position_embeddings", None) or 2**31
-        for module in model.modules():  # the policy that samples is the policy that is scored: no dropout
-            for name, value in list(vars(module).items()):
-                if isinstance(value, float) and (name == "p" or "drop" in name):
-                    setattr(module, name, 0.0)
-        if model.device.type == "meta":  # sizes without numbers, for a dry run
-            caps = (getattr(self.config, name, None) for name in ("final_logit_softcapping", "logit_scale"))
-            self.full_logits = any(cap not in (None, 1.0) for cap in caps)
-            return
-        ids = torch.arange(4)[None].to(model.device)
-        with torch.no_grad():
-            expected = model(input_ids=ids).logits
-            hidden, cache = self(ids, ids), self.new_cache()
-            parts = torch.cat([self(ids[:, i:j], ids[:, i:j], cache) for i, j in ((0, 2), (2, 4))], 1)
-            ours = self.logits(hidden)
-        if hidden.shape != parts.shape or not torch.allclose(hidden, parts, rtol=1e-3, atol=1e-3):
-            raise ValueError(
-                f"{model.config.model_type} reads ahead or keeps no cache: it cannot be sampled token by token"
-            )
-        # Some models scale or cap their logits: there the "hidden states" are the logits themselves.
-        self.full_logits = ours.shape != expected.shape or not torch.allclose(ours, expected, rtol=1e-4, atol=1e-4)
-
-    @property
-    def checkpointing(self) -> bool:
-        return self.model.is_gradient_checkpointing
-
-    @checkpointing.setter
-    def checkpointing(self, on: bool) -> None:
-        if on:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        else:
-            self.model.gradient_checkpointing_disable()
-
-    def forward(self, ids, positions, cache: HubCache | None = None, key_mask: torch.Tensor | None = None):
-        """Last hidden states (B, T, C), or logits (B, T, V) where `full_logits`; arguments as in `Llama.forward`."""
-        # `transformers` checkpoints in training mode only, and then drops the cache; dropout is 0 in either mode.
-        self.model.train(self.checkpointing and torch.is_grad_enabled() and cache is None)
-        output = (self.model if self.full_logits else self.model.base_model)(
-            input_ids=ids,
-            position_ids=positions,
-            attention_mask=None if key_mask is None else key_mask.long(),
-            past_key_values=None if cache is None else cache.inner,
-            use_cache=cache is not None,
-        )
-        return output.logits if self.full_logits else output.last_hidden_state
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits (..., V) of what `forward` returned."""
-        return hidden if self.full_logits else self.model.get_output_embeddings()(hidden)
-
-    def new_cache(self) -> HubCache:
-        return HubCache()
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint holds: of tied tensors the first."""
-        seen, kept = set(), {}
-        for name, x in self.model.state_dict().items():
-            if (x.data_ptr(), x.shape) not in seen:
-                kept[name] = x
-            seen.add((x.data_ptr(), x.shape))
-        return kept
-
-    def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
-        """Take the weights of a checkpoint; raises RuntimeError if they do not fit."""
-        if weights.keys() != self.weights().keys():
-            raise RuntimeError("other names than the model has")
-        self.model.load_state_dict(weights, strict=False)
 
 
 def attention_mask(new: int, length: int, key_mask: torch.Tensor | None, device) -> torch.Tensor | None:

@@ -21,11 +21,8 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 # Laid over matplotlib's defaults, not the reader's matplotlibrc: Okabe and Ito's palette for colour-blind readers, a
 # salt that makes an SVG the same at every redraw, no parse_math, so that a `$` in a reward function's name stays one.
-STYLE = {
-    "axes.prop_cycle": matplotlib.cycler(
-        color=["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]
-    )
-}
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]
+STYLE = {"axes.prop_cycle": matplotlib.cycler(color=COLOURS)}
 STYLE |= {"svg.hashsalt": "grpo", "text.parse_math": False, "font.size": 9, "axes.titlesize": 9.5, "axes.grid": True}
 STYLE |= {"axes.titlelocation": "left", "axes.spines.right": False, "axes.spines.top": False, "grid.color": "#E8E8E8"}
 STYLE |= {"axes.edgecolor": "#B0B0B0", "xtick.color": "dimgray", "ytick.color": "dimgray", "legend.frameon": False}
@@ -40,26 +37,23 @@ PANELS = {  # letter in the layout: title, metrics
 }
 NAMES = {"accuracy": "sampled, training", "validation_accuracy": "greedy, validation"}  # in the legend, for a metric
 NAMES |= {"clip_low": "ratio too low", "clip_high": "ratio too high"}
-SUMMARIES = {
-    "S": ("accuracy against reward (diamond: the end)", "reward, as trained on"),
-    "B": ("held-out accuracy, last policy, T = 1", ""),
-}
-CURVES = {  # letter in the layout of a comparison: title, metric
-    "A": ("validation accuracy, sampled (T = 1)", "validation_sampled_accuracy"),
-    "W": ("completions that show working", "working"),
-    "E": ("entropy (nats per token)", "entropy"),
-    "L": ("completion length (tokens)", "length"),
-    "R": ("reward, as trained on", "reward"),
-    "K": ("KL to the reference (nats per token)", "kl"),
+COMPARED = PANELS | {  # the same for a comparison, where `accuracy` gives way to the score of a task without one
+    "A": ("validation accuracy, sampled (T = 1)", ["validation_sampled_accuracy"]),
+    "B": ("held-out accuracy, last policy, T = 1", []),
+    "R": ("reward, as trained on", ["reward"]),
+    "S": ("accuracy against reward (diamond: the end)", []),
 }
 LAST = {"reward": "reward", "kl": "KL", "entropy": "entropy", "working": "shows working", "length": "length"}
 # Settings that do not make a run another experiment; `model` counts without the run's own seed in its name.
 NOT_SETTINGS = {"seed", "out", "resume", "overwrite", "dry_run", "save_every", "device", "micro_batch_tokens"}
+# What older programs called some values of settings.
+RENAMED = {"advantage none": "centered", "advantage batch": "batch_std", "surrogate plain": "reinforce"}
+RENAMED |= {"aggregate sequence": "sequence_mean", "aggregate token": "token_mean"}
 SPEAK_FOR_THEMSELVES = {"algorithm", "rewards", "model"}  # settings that need no name beside their value
 # Student's t, 97.5 % quantile for 1 to 30 degrees of freedom; beyond, the normal distribution's is near enough.
 T_95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]
 T_95 += [2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042]
-Run = namedtuple("Run", "metrics evaluation settings folder")  # [{metric: float}], dict, dict: a run folder's files
+RunFiles = namedtuple("RunFiles", "metrics evaluation settings folder")  # [{metric: float}], {policy: {key: float}}
 Band = namedtuple("Band", "steps mean sd n")  # arrays (S,) over seeds; n counts the runs with a finite value at a step
 
 
@@ -67,7 +61,7 @@ class PlotError(ValueError):
     """A run that cannot be drawn, in one line that names the thing and the mend."""
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> RunFiles:
     """Return what a run folder holds, less a line that is still being written; raises PlotError if that is nothing."""
     path, metrics = folder / "metrics.jsonl", []
     try:
@@ -84,19 +78,19 @@ def read_run(folder: Path) -> Run:
                 raise PlotError(f"{path}, line {count}, is no JSON object with a step: mend or delete it") from None
     if not metrics:
         raise PlotError(f"{path} has no complete line yet: draw it again after the first step")
-    evaluation, settings = read_object(folder / "evaluation.json"), read_object(folder / "run.json").get("settings")
-    evaluation = {
-        name: {key: value for key, value in result.items() if isinstance(value, (int, float))}
-        for name, result in evaluation.items()
-        if isinstance(result, dict)
-    }
-    return Run(metrics, evaluation, settings if isinstance(settings, dict) else {}, folder)
+    evaluation = read_objects(folder / "evaluation.json")
+    for policy, measures in evaluation.items():
+        evaluation[policy] = {key: value for key, value in measures.items() if isinstance(value, (int, float))}
+    settings = read_objects(folder / "run.json").get("settings", {})
+    settings = {key: RENAMED.get(f"{key} {value}", value) for key, value in settings.items()}
+    return RunFiles(metrics, evaluation, settings, folder)
 
 
-def read_object(path: Path) -> dict:
-    """Return the JSON object in a file, {} if it is not there yet, or not whole."""
-    with suppress(OSError, ValueError, TypeError, RecursionError):
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+def read_objects(path: Path) -> dict[str, dict]:
+    """Return the objects that a file's JSON object holds, {} if it is not there yet, or not whole."""
+    with suppress(OSError, ValueError, AttributeError, RecursionError):
+        held = json.loads(path.read_text(encoding="utf-8"))
+        return {name: value for name, value in held.items() if isinstance(value, dict)}
     return {}
 
 
@@ -119,7 +113,7 @@ def over_seeds(series: list[tuple[np.ndarray, np.ndarray]]) -> Band:
     return Band(steps, table.mean(0).filled(np.nan), table.std(0, ddof=1).filled(np.nan), table.count(0))
 
 
-def metric(runs: list[Run], key: str, smooth: float = 0.0) -> Band:
+def metric(runs: list[RunFiles], key: str, smooth: float = 0.0) -> Band:
     """Return a metric over seeds, each run smoothed by itself; a step without a value is a gap, save for validation."""
     series = [np.array([(record["step"], record.get(key, np.nan)) for record in run.metrics]).T for run in runs]
     if key.startswith("validation_"):  # measured now and then: only those steps, as they are
@@ -127,7 +121,7 @@ def metric(runs: list[Run], key: str, smooth: float = 0.0) -> Band:
     return over_seeds([(steps, ema(values, smooth)) for steps, values in series])
 
 
-def heading(runs: list[Run], *bands: Band) -> tuple[str, str]:
+def heading(runs: list[RunFiles], *bands: Band) -> tuple[str, str]:
     """Return what was trained, and what lines and bands stand for: early stops and gaps leave some steps fewer runs."""
     names = {f"{run.settings.get('algorithm', 'GRPO').upper()} on {run.settings.get('task', 'a task')}" for run in runs}
     count = "" if all(n in (0, len(runs)) for band in bands for n in band.n) else "up to "
@@ -141,7 +135,7 @@ def draw(ax: matplotlib.axes.Axes, band: Band, colour: str, **line: object) -> N
     ax.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
 
 
-def training_figure(runs: list[Run], smooth: float) -> Figure:
+def training_figure(runs: list[RunFiles], smooth: float) -> Figure:
     """Return the figure of every curve: raw faint, smoothed full, reward functions thin, validation with markers."""
     figure, end = Figure((12, 6), dpi=150, layout="constrained"), max(1, *(run.metrics[-1]["step"] for run in runs))
     functions = dict.fromkeys(k for run in runs for record in run.metrics for k in record if k.startswith("reward/"))
@@ -166,7 +160,7 @@ def training_figure(runs: list[Run], smooth: float) -> Figure:
     return figure
 
 
-def accuracy_figure(runs: list[Run]) -> Figure:
+def accuracy_figure(runs: list[RunFiles]) -> Figure:
     """Return the figure of the result: validation accuracy and working by step, held-out accuracy before and after."""
     figure, end = Figure((8, 4.5), dpi=150), max(1, *(run.metrics[-1]["step"] for run in runs))
     ax = figure.add_axes((0.065, 0.115, 0.665, 0.705))
@@ -180,8 +174,7 @@ def accuracy_figure(runs: list[Run]) -> Figure:
             labels.append((band.mean[-1], colour, f"{band.mean[-1]:.0%} {text}"))
     after = "best" if any("best" in run.evaluation for run in runs) else "last"
     for name, steps, line in (("base", [0, 1.05 * end], "--"), (after, [1.05 * end], "D")):
-        values = [(run.evaluation.get(name) or {}).get("accuracy") for run in runs]
-        _, (mean,), (sd,), (n,) = over_seeds([([0], np.array([value], float)) for value in values])
+        _, (mean,), (sd,), (n,) = over_seeds([([0], np.array([result(run, "accuracy", name)])) for run in runs])
         if n:
             ax.errorbar(steps, [mean] * len(steps), sd, fmt=line, color="black")
             spread, of = f" ± {sd:.1%}" if sd >= 5e-4 else "", f", {n} of {len(runs)} runs" if n < len(runs) else ""
@@ -200,10 +193,10 @@ def accuracy_figure(runs: list[Run]) -> Figure:
     return figure
 
 
-def group_runs(runs: list[Run]) -> dict[str, list[Run]]:
+def group_runs(runs: list[RunFiles]) -> dict[str, list[RunFiles]]:
     """Return the runs by setting, each named by what tells it from the others; seeds of a setting stand together."""
 
-    def value(run: Run, key: str) -> object:
+    def value(run: RunFiles, key: str) -> object:
         found = run.settings.get(key, "not recorded")
         if key == "model" and isinstance(found, str):
             return re.sub(rf"seed[_-]?{run.settings.get('seed')}(?=/|$)", "seed*", found)
@@ -212,23 +205,16 @@ def group_runs(runs: list[Run]) -> dict[str, list[Run]]:
     # A setting that an older program did not record is taken as the one value that all others have, if it is one.
     keys = [key for key in dict.fromkeys(key for run in runs for key in run.settings) if key not in NOT_SETTINGS]
     differ = [key for key in keys if len({str(value(run, key)) for run in runs if key in run.settings}) > 1]
-    groups: dict[str, list[Run]] = {}
+    groups: dict[str, list[RunFiles]] = {}
     for run in runs:
-        values = {key: value(run, key) for key in differ}
-        names = (
-            str(v) if key in SPEAK_FOR_THEMSELVES else f"{key.replace('_', ' ')} {v}"
-            for key, v in values.items()
-            if v is not None
-        )
+        values = {key: value(run, key) for key in differ if value(run, key) is not None}
+        names = [str(v) if key in SPEAK_FOR_THEMSELVES else f"{key.replace('_', ' ')} {v}" for key, v in values.items()]
         groups.setdefault(", ".join(names), []).append(run)
     return groups
 
 
 def t_interval(values: np.ndarray) -> tuple[float, float, float]:
-    """Return mean, sd and half of the 95 % interval of the mean (Student's t) of the values that are no NaN.
-
-    Of a single value there is the mean only.
-    """
+    """Return mean, sd and half of the mean's 95 % interval (Student's t), without NaNs; of one value the mean only."""
     values = values[np.isfinite(values)]
     if len(values) < 2:
         return (float(values[0]) if len(values) else np.nan), np.nan, np.nan
@@ -236,7 +222,7 @@ def t_interval(values: np.ndarray) -> tuple[float, float, float]:
     return float(values.mean()), sd, (T_95[len(values) - 2] if len(values) <= 31 else 1.96) * sd / len(values) ** 0.5
 
 
-def samples_to(run: Run, share: float = 0.9) -> float:
+def samples_to(run: RunFiles, share: float = 0.9) -> float:
     """Return how many completions were sampled until this share of a step's was right, NaN if it never was."""
     total = 0.0
     for record in run.metrics:
@@ -246,25 +232,24 @@ def samples_to(run: Run, share: float = 0.9) -> float:
     return np.nan
 
 
-def at_the_end(run: Run, key: str) -> float:
+def at_the_end(run: RunFiles, key: str) -> float:
     """Return the mean of a metric over the last five steps that have it, NaN if none has."""
     values = [record[key] for record in run.metrics if np.isfinite(record.get(key, np.nan))][-5:]
     return float(np.mean(values)) if values else np.nan
 
 
-def score_of(runs: list[Run]) -> str:
-    """Return what the runs are compared by: accuracy, or the reward where a task has none."""
-    last = (run.evaluation.get("last") or {} for run in runs)
-    return "reward" if any("sampled_reward" in result for result in last) else "accuracy"
+def score_of(runs: list[RunFiles]) -> str:
+    """Return what the runs are compared by: accuracy, or the total reward where a task has none."""
+    rewarded = any("sampled_total_reward" in run.evaluation.get("last", {}) for run in runs)
+    return "total_reward" if rewarded else "accuracy"
 
 
-def result(run: Run, key: str) -> float:
-    """Return a measure of the last policy on the held-out problems, NaN for a run that has not ended."""
-    value = (run.evaluation.get("last") or {}).get(key)
-    return np.nan if value is None else float(value)
+def result(run: RunFiles, key: str, policy: str = "last") -> float:
+    """Return a measure of a policy on the held-out problems, NaN for a run that has not ended."""
+    return float(run.evaluation.get(policy, {}).get(key, np.nan))
 
 
-def compare(groups: dict[str, list[Run]], baseline: str) -> list[dict[str, float | str]]:
+def compare(groups: dict[str, list[RunFiles]], baseline: str) -> list[dict[str, float | str]]:
     """Return a row for each setting: mean and sd of every measure over its runs that have ended.
 
     The difference of the held-out score at T = 1 is taken from the baseline's by seed, over `pairs` of runs; low and
@@ -300,7 +285,7 @@ def markdown(rows: list[dict[str, float | str]], baseline: str) -> str:
         spread = f" ± {row[f'{key}_sd']:{form}}" if np.isfinite(row[f"{key}_sd"]) else ""
         return f"{row[key]:{form}}{spread}" if np.isfinite(row[key]) else "–"
 
-    score = rows[0]["score"]
+    score = rows[0]["score"].replace("_", " ")
     form, unit, points = (".1%", 100, "+.1f") if score == "accuracy" else (".3g", 1, "+.3g")
     heads = ["", "runs", f"held-out {score}, T = 1", "greedy", "difference to the baseline, T = 1", "samples to 90 %"]
     lines = [[*heads, *LAST.values()]]
@@ -318,31 +303,31 @@ def markdown(rows: list[dict[str, float | str]], baseline: str) -> str:
     return "".join(f"| {' | '.join(text.replace('|', '/') for text in line)} |\n" for line in lines)
 
 
-def comparison_figure(groups: dict[str, list[Run]], smooth: float = 0.6) -> Figure:
+def comparison_figure(groups: dict[str, list[RunFiles]], smooth: float = 0.6) -> Figure:
     """Return the figure of several settings: curves with a band over seeds, held-out bars, accuracy against reward."""
     figure = Figure((16, 7), dpi=150, layout="constrained")
     axes, score = figure.subplot_mosaic("ABSR;WELK"), score_of([run for runs in groups.values() for run in runs])
     labels = [textwrap.fill(re.sub(",(?! )", ", ", name), 24) for name in groups]
     for i, (name, runs) in enumerate(zip(labels, groups.values(), strict=True)):
-        colour = f"C{i % 8}"
-        for letter, (_, key) in CURVES.items():
-            band = metric(runs, f"validation_sampled_{score}" if letter == "A" else key, smooth)
-            if band.n.any():
-                draw(axes[letter], band, colour, label=name, linewidth=1.6)
+        colour, style = f"C{i % len(COLOURS)}", ("-", "--", ":", "-.")[i // len(COLOURS) % 4]
+        for letter, ax in axes.items():
+            for key in COMPARED[letter][1]:
+                band = metric(runs, key.replace("accuracy", score), smooth)
+                if band.n.any():
+                    draw(ax, band, colour, label=name, linewidth=1.6, linestyle=style)
         mean, _, half = t_interval(np.array([result(run, f"sampled_{score}") for run in runs]))
-        error = half if np.isfinite(half) else None
-        axes["B"].bar(i, mean, color=colour, alpha=0.8, yerr=error, error_kw={"capsize": 3, "linewidth": 1})
+        axes["B"].bar(i, mean, color=colour, alpha=0.8, yerr=half, error_kw={"capsize": 3, "linewidth": 1})
         text = "none" if np.isnan(mean) else f"{mean:.0%}" if score == "accuracy" else f"{mean:.3g}"
         axes["B"].annotate(text, (i, 0.02), ha="center", color="white" if mean > 0.1 else "dimgray")
         bands = [metric(runs, key, smooth).mean for key in ("reward", "accuracy")]
-        axes["S"].plot(*bands, "-", color=colour, linewidth=0.8, alpha=0.6)
+        axes["S"].plot(*bands, style, color=colour, linewidth=0.8, alpha=0.6)
         axes["S"].plot(*bands, ".", color=colour, markersize=4)
-        known = np.flatnonzero(np.isfinite(bands[0]) & np.isfinite(bands[1]))
-        if len(known):
-            axes["S"].plot(bands[0][known[-1]], bands[1][known[-1]], "D", color=colour, label=name)
+        end = np.array(bands)[:, np.isfinite(bands).all(0)][:, -1:]  # (2, 1), or (2, 0) if a run has not both
+        axes["S"].plot(*end, "D", color=colour, label=name)
     for letter, ax in axes.items():
-        title, label = SUMMARIES.get(letter) or (CURVES[letter][0], "step (one rollout)")
-        ax.set(title=title.replace("accuracy", score) if letter in "AB" else title, xlabel=label)
+        title = COMPARED[letter][0]
+        title = title.replace("accuracy", score.replace("_", " ")) if letter in "AB" else title
+        ax.set(title=title, xlabel={"B": "", "S": "reward, as trained on"}.get(letter, "step (one rollout)"))
         if letter in "SW" or (letter in "AB" and score == "accuracy"):
             ax.set_ylim(0, 1.01)
             ax.yaxis.set_major_formatter(PercentFormatter(1))
@@ -360,19 +345,19 @@ def comparison_figure(groups: dict[str, list[Run]], smooth: float = 0.6) -> Figu
     return figure
 
 
-def same_task(runs: list[Run]) -> list[Run]:
+def same_task(runs: list[RunFiles]) -> list[RunFiles]:
     """Return the runs of the task that most of them have, and name the others on stderr."""
-    tasks = Counter(str(run.settings.get("task")) for run in runs)
-    kept = tasks.most_common(1)[0][0]
-    for run in runs:
-        if str(run.settings.get("task")) != kept:
+    tasks = [str(run.settings.get("task")) for run in runs]
+    kept = Counter(tasks).most_common(1)[0][0]
+    for run, task in zip(runs, tasks, strict=True):
+        if task != kept:
             what = f"is of task {run.settings['task']}, not {kept}" if "task" in run.settings else "names no task"
             mend = "compare it alone" if "task" in run.settings else "restore its run.json"
             print(f"plot_metrics.py: skipped: {run.folder} {what}: {mend}", file=sys.stderr)
-    return [run for run in runs if str(run.settings.get("task")) == kept]
+    return [run for run, task in zip(runs, tasks, strict=True) if task == kept]
 
 
-def remarks(groups: dict[str, list[Run]]) -> list[str]:
+def remarks(groups: dict[str, list[RunFiles]]) -> list[str]:
     """Return what a reader must know: runs that have not ended, of different length, or of the same seed."""
     lines = []
     for name, runs in groups.items():
@@ -450,11 +435,9 @@ def main() -> None:
     args = parser.parse_args()
     if not 0 <= args.smooth < 1:
         parser.error(f"--smooth {args.smooth:g} is no weight: give a number from 0 to below 1")
+    out = args.out or Path("figures" if args.RUN[1:] else args.RUN[0])
     try:
-        print(
-            *plot(args.RUN, args.out or Path("figures" if args.RUN[1:] else args.RUN[0]), args.smooth, args.baseline),
-            sep="\n",
-        )
+        print(*plot(args.RUN, out, args.smooth, args.baseline), sep="\n")
     except PlotError as error:
         parser.error(str(error))
     except OSError as error:

@@ -1,38 +1,36 @@
-"""Reward functions, with TRL's signature: lists of length B in, a list of B floats (or None) out.
+"""Reward functions, with TRL's signature: lists of length B in, a list of B floats (or None) out; and the mix of them.
 
 `completions` are strings, or message lists `[{"role": "assistant", "content": ...}]` for chat models. Everything that
 the example carries (`answer`, ...) and `completion_ids` come by keyword. A completion is hostile text: it is
 searched with bounded patterns and converted with `int`, never evaluated.
 """
 
+import asyncio
 import atexit
 import contextlib
 import functools
 import importlib.util
 import inspect
 import json
-import logging
 import math
 import numbers
+import os
 import re
-import socket
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
-from urllib.parse import urlsplit
+from typing import Literal
+
+import torch
+
+from runs import UserError, flag_of, option
 
 RewardFunction = Callable[..., list[float | None]]
-
-
-class UserError(ValueError):
-    """A mistake of the user's; its one line names the thing and the mend."""
 
 
 # At most 30 digits, thousands marked by commas or not, and nothing but zeros after a point.
@@ -69,29 +67,30 @@ def answer_format(prompts, completions, **_) -> list[float]:
     return [float(extract_answer(completion) is not None) for completion in completions]
 
 
+def integer_errors(completions, answer) -> list[int | None]:
+    """How far each integer answer is from the right one; None without one."""
+    values = [to_integer(extract_answer(completion)) for completion in completions]
+    return [None if value is None else abs(value - int(right)) for value, right in zip(values, answer, strict=True)]
+
+
 def answer_near(prompts, completions, answer, **_) -> list[float]:
     """1 for an integer answer within 1 of the right one, else 0."""
-    values = [to_integer(extract_answer(completion)) for completion in completions]
-    return [
-        float(value is not None and abs(value - int(right)) <= 1) for value, right in zip(values, answer, strict=True)
-    ]
+    return [float(error in (0, 1)) for error in integer_errors(completions, answer)]
 
 
 def answer_exact(prompts, completions, answer, **_) -> list[float]:
     """1 for the right integer answer, else 0."""
-    values = [to_integer(extract_answer(completion)) for completion in completions]
-    return [float(value is not None and value == int(right)) for value, right in zip(values, answer, strict=True)]
+    return [float(error == 0) for error in integer_errors(completions, answer)]
 
 
 def hard(prompts, completions, answer, **_) -> list[float]:
     """2 for the right integer answer, else 0."""
-    return [2 * value for value in answer_exact(prompts, completions, answer)]
+    return [2.0 * (error == 0) for error in integer_errors(completions, answer)]
 
 
 def soft(prompts, completions, answer, **_) -> list[float]:
     """1 / (1 + distance) of an integer answer from the right one; 0 without one."""
-    values = [to_integer(extract_answer(completion)) for completion in completions]
-    return [0.0 if value is None else 1 / (1 + abs(value - int(a))) for value, a in zip(values, answer, strict=True)]
+    return [0.0 if error is None else 1 / (1 + error) for error in integer_errors(completions, answer)]
 
 
 def to_number(completion: str | list[dict]) -> float | None:
@@ -151,13 +150,11 @@ def think_format(prompts, completions, **_) -> list[float]:
     """1 for `<think>...</think><answer>...</answer>` and nothing else, each tag once, else 0."""
     scores = []
     for completion in completions:
-        text = text_of(completion).strip()
-        thought, mark, rest = text.partition("</think>")
-        once = all(text.count(tag) == 1 for tag in ("<think>", "</think>"))
-        framed = (
-            text.startswith("<think>") and thought.removeprefix("<think>").strip() and rest.lstrip()[:8] == "<answer>"
-        )
-        scores.append(float(bool(mark and once and framed) and extract_answer(rest) is not None))
+        thought, _, rest = text_of(completion).strip().partition("</think>")
+        thought, rest = thought.partition("<think>"), rest.lstrip()
+        framed = thought[0] == "" and thought[1] and thought[2].strip() and rest.startswith("<answer>")
+        once = not any(tag in thought[2] + rest for tag in ("<think>", "</think>"))
+        scores.append(float(bool(framed) and once and extract_answer(rest) is not None))
     return scores
 
 
@@ -232,8 +229,6 @@ def answer_last(prompts, completions, answer, **_) -> list[float]:
     return scores
 
 
-# --- Answers of mathematics, compared by math-verify ------------------------------------------------------------------
-
 COMPARE_SECONDS = 3.0  # a comparison that takes longer is stopped and scores 0
 
 
@@ -250,8 +245,11 @@ class Comparer:
 
     def start(self) -> None:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        self.process = subprocess.Popen([sys.executable, __file__], start_new_session=True, **pipes)
-        if not self.answer(b"", 60.0)[0]:
+        program = (
+            f"{inspect.getsource(compare_lines)}\ncompare_lines()"  # alone, since PyTorch fills the memory's limit
+        )
+        self.process = subprocess.Popen([sys.executable, "-c", program], start_new_session=True, **pipes)
+        if not self.answer(b"", 60.0):
             raise UserError("math_accuracy needs the package math-verify; python -m pip install math-verify")
 
     def stop(self) -> None:
@@ -260,37 +258,38 @@ class Comparer:
             self.process.communicate()  # waits, and closes the pipes
             self.process = None
 
-    def answer(self, request: bytes, seconds: float) -> tuple[bytes, bool]:
-        """The line that the process answers, empty if it ended, and whether that was because its time was up."""
-        late = threading.Event()
-        timer = threading.Timer(seconds, lambda process: (late.set(), process.kill()), [self.process])
+    def answer(self, request: bytes, seconds: float) -> bytes:
+        """The line that the process answers; empty if it has ended, or is ended since its time is up."""
+        timer = threading.Timer(seconds, self.process.kill)
         timer.start()
         try:
             self.process.stdin.write(request)
             self.process.stdin.flush()
-            return self.process.stdout.readline(), late.is_set()
+            return self.process.stdout.readline()
         except OSError:
-            return b"", late.is_set()
+            return b""
         finally:
             timer.cancel()
 
     def equal(self, gold: str, answer: str) -> float:
         """1 if math-verify finds the expressions equal within `COMPARE_SECONDS`, else 0."""
         with self.lock:
-            for _ in range(2):  # the process may have ended for a reason of its own, such as the comparison before
-                if self.process is None:
-                    self.start()
-                line, late = self.answer(json.dumps([gold, answer]).encode() + b"\n", COMPARE_SECONDS)
-                if line:
-                    return float(line.strip() == b"1")
+            if self.process is None or self.process.poll() is not None:
                 self.stop()
-                if late:
-                    break
-            return 0.0
+                self.start()
+            line = self.answer(json.dumps([gold, answer]).encode() + b"\n", COMPARE_SECONDS)
+            if not line:
+                self.stop()
+            return float(line.strip() == b"1")
 
 
 def compare_lines() -> None:
     """What the process of `Comparer` runs: a line [gold, answer] on standard input, 1 or 0 on standard output."""
+    import contextlib
+    import json
+    import logging
+    import sys
+
     with contextlib.suppress(ImportError, OSError, ValueError):  # not on every system
         import resource
 
@@ -340,8 +339,6 @@ def math_lenient(prompts, completions, answer, **_) -> list[float]:
     )
 
 
-# --- A language model as judge ----------------------------------------------------------------------------------------
-
 JUDGE_PROMPT = """You grade an answer. Reply with one integer and nothing else: {levels}.
 
 Question:
@@ -362,7 +359,7 @@ class Judge:
     """Scores by a language model behind an OpenAI-compatible endpoint; None where it gives none.
 
     A call that fails is tried again, later each time, and a score is asked for once. When `patience` calls have failed
-    in a row the endpoint is taken to be down, and the rest of the batch is not asked.
+    in a row the endpoint is taken to be down, and the rest of the batch is not asked. Proxies of the environment count.
     """
 
     url: str  # up to the version, as in http://localhost:8000/v1
@@ -370,7 +367,7 @@ class Judge:
     scale: int = 1  # scores are integers from 0 to this
     key: str = ""  # sent as a bearer token
     seconds: float = 30.0  # for one call
-    batch_seconds: float = 300.0  # after these no more calls are made for a batch
+    batch_seconds: float = 300.0  # after these the calls for a batch are given up
     retries: int = 2
     pause: float = 0.5  # seconds before the first retry, doubled at each
     calls: int = 8  # at once
@@ -380,62 +377,59 @@ class Judge:
 
     def __call__(self, questions: list[str], answers: list[str]) -> list[float | None]:
         """The score of each answer, or None."""
-        self.failed, pairs = 0, list(zip(questions, answers, strict=True))
-        new, end = [pair for pair in dict.fromkeys(pairs) if pair not in self.scores], time.monotonic()
-        end += self.batch_seconds
-        with ThreadPoolExecutor(self.calls) as pool:
-            found = zip(new, pool.map(lambda pair: self.score(pair, end), new), strict=True)
-            self.scores |= {pair: score for pair, score in found if score is not None}
+        from huggingface_hub import get_async_session  # comes with transformers; slow to import
+
+        session, pairs = get_async_session(), list(zip(questions, answers, strict=True))
+        # Meant for the hub, not for a judge: that HF_HUB_OFFLINE stops every call, and that redirects are followed.
+        session.event_hooks, session.follow_redirects = {}, False
+        session.headers["Accept-Encoding"] = "identity"  # or a small reply might unpack to a huge one
+        if self.key.strip():
+            session.headers["Authorization"] = f"Bearer {self.key.strip()}"
+        # In a thread, since the caller's may run an event loop, as a notebook's does; a daemon does not delay Ctrl-C.
+        thread = threading.Thread(target=asyncio.run, args=[self.ask(session, dict.fromkeys(pairs))], daemon=True)
+        thread.start()
+        thread.join()
         return [self.scores.get(pair) for pair in pairs]
 
-    def score(self, pair: tuple[str, str], end: float) -> float | None:
-        for attempt in range(self.retries + 1):
-            if self.failed >= self.patience or time.monotonic() > end:
-                return None
-            try:
-                status, wait, reply = self.post(*pair)
-                score = self.read(reply) if status == 200 else None
-            except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, HTTPException):
-                score, wait = None, ""  # no answer in time, no HTTP, no JSON, or not of the form that is expected
-            if score is not None:
-                self.failed = 0
-                return score
-            self.failed += 1
-            pause = float(wait) if re.fullmatch("[0-9]{1,4}", wait) else self.pause * 2**attempt
-            time.sleep(min(pause, self.seconds) if attempt < self.retries else 0)
-        return None
+    async def ask(self, session, pairs: Iterable[tuple[str, str]]) -> None:
+        """Find the scores that are missing."""
+        self.failed, turns = 0, asyncio.Semaphore(self.calls)
+        async with session:
+            asked = [self.score(session, turns, pair) for pair in pairs if pair not in self.scores]
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.gather(*asked), self.batch_seconds)
 
-    def post(self, question: str, answer: str) -> tuple[int, str, bytes]:
-        """Status, Retry-After and body of one call; raises OSError or HTTPException. Redirects are not followed."""
+    async def score(self, session, turns: asyncio.Semaphore, pair: tuple[str, str]) -> None:
+        async with turns:
+            for attempt in range(self.retries + 1):
+                if self.failed >= self.patience:
+                    return
+                wait = ""
+                with contextlib.suppress(Exception):  # no answer in time, no HTTP, no JSON, or not of the form expected
+                    async with asyncio.timeout(self.seconds), self.post(session, *pair) as response:
+                        wait = response.headers.get("Retry-After", "")
+                        if response.status_code == 200:
+                            self.scores[pair] = self.read(await anext(response.aiter_raw(2**20)))  # the rest is left
+                            self.failed = 0
+                            return
+                self.failed += 1
+                pause = float(wait) if re.fullmatch("[0-9]{1,4}", wait) else self.pause * 2**attempt
+                await asyncio.sleep(min(pause, self.seconds) if attempt < self.retries else 0)
+
+    def post(self, session, question: str, answer: str):
+        """The call, to be entered for its response."""
         content = JUDGE_PROMPT.format(levels=LEVELS[self.scale], question=question, answer=answer)
         body = {"model": self.model, "temperature": 0, "max_tokens": 1024}
         body["messages"] = [{"role": "user", "content": content}]
-        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key.strip()}"}
-        place = urlsplit(self.url)
-        kind = HTTPSConnection if place.scheme == "https" else HTTPConnection
-        connection = kind(place.netloc, timeout=self.seconds)
-        connection.connect()
-        line = connection.sock  # the connection forgets it when the answer is to be the last
+        return session.stream("POST", f"{self.url.rstrip('/')}/chat/completions", json=body)
 
-        def hang_up() -> None:  # since the connection's own timeout is that of each piece that comes
-            with contextlib.suppress(OSError):
-                line.shutdown(socket.SHUT_RDWR)
-
-        timer = threading.Timer(self.seconds, hang_up)
-        timer.start()
-        try:
-            connection.request("POST", f"{place.path.rstrip('/')}/chat/completions", json.dumps(body), headers)
-            response = connection.getresponse()
-            return response.status, response.headers.get("Retry-After", ""), response.read(2**20)
-        finally:
-            timer.cancel()
-            connection.close()
-
-    def read(self, reply: bytes) -> float | None:
-        """The score on the reply's last line, as in `1`, `Score: 1` or `**1/2**`; None if it is none."""
+    def read(self, reply: bytes) -> float:
+        """The score on the reply's last line, as in `1`, `Score: 1` or `**1/2**`; raises ValueError if it is none."""
         lines = json.loads(reply)["choices"][0]["message"]["content"].strip().splitlines()
         found = SCORE.fullmatch(lines[-1][:100]) if lines else None
-        return float(found[1]) if found and int(found[1]) <= self.scale else None
+        if found is None or int(found[1]) > self.scale:
+            raise ValueError("no score")
+        return float(found[1])
 
 
 def judge(prompts, completions, endpoint, **_) -> list[float | None]:
@@ -451,6 +445,120 @@ REWARDS: dict[str, RewardFunction] = {
         *(closeness, even_bonus, even_adaptive),
     )
 }
+
+
+@dataclass(frozen=True)
+class RewardSettings:
+    """Settings of the rewards; those of grpo.py extend them."""
+
+    rewards: str | None = option(None, "NAME=WEIGHT or FILE.py:FUNCTION=WEIGHT, ... Default: the task's.", "rewards")
+    ideal_length: int | None = option(
+        None, "Aim of char_length and token_length. Default: 200 characters, 50 tokens.", "rewards", above_zero=True
+    )
+    even_bonus: float | None = option(
+        None, "What even_bonus gives, and even_adaptive at first. Default: 0.2.", "rewards", above_zero=True
+    )
+    scorer: str | None = option(None, "Model of the perplexity reward. Default: the policy at the start.", "rewards")
+    judge_url: str | None = option(
+        None,
+        "The judge's endpoint, as in http://localhost:8000/v1; its key is JUDGE_API_KEY.",
+        "rewards",
+        may_change=True,
+    )
+    judge_model: str = option("default", "Name of the judge's model, as the endpoint knows it.", "rewards")
+    judge_scale: Literal[1, 2] = option(1, "The judge's best score; 2 leaves room for right in part.", "rewards")
+
+
+# Flags by the name of the parameter that reads them.
+READ_BY = {"scorer": "scorer", "endpoint": "judge_url", "ideal_length": "ideal_length", "even_bonus": "even_bonus"}
+
+
+@dataclass
+class Rewards:
+    """The mix of reward functions that a run is trained on.
+
+    A function gets by the name of a parameter what it asks for: `prompts`, `completions`, `completion_ids`, any column
+    of the task's examples, what stands in `inputs`, and `state`, a dictionary that lasts as long as the run.
+    """
+
+    mix: dict[str, tuple[RewardFunction, float]]  # name: function, weight
+    inputs: dict = field(default_factory=dict)
+
+    @classmethod
+    def from_settings(cls, settings: RewardSettings) -> "Rewards":
+        """Parse and check the settings; raises UserError, also for a flag that no function of the mix reads."""
+        mix = parse_rewards(settings.rewards)
+        asked = {name for function, _ in mix.values() for name in inspect.signature(function).parameters}
+        given = {name: getattr(settings, flag) for name, flag in READ_BY.items() if getattr(settings, flag) is not None}
+        for name in given:
+            if name not in asked:
+                flag = flag_of(READ_BY[name])
+                raise UserError(f"{flag} does nothing with --rewards {settings.rewards}; leave it out")
+        if "endpoint" in asked:
+            url = given.get("endpoint")
+            if url is None:
+                raise UserError("--rewards judge needs --judge-url; give it, or other --rewards, as in overlap=1")
+            if not url.startswith(("http://", "https://")):
+                raise UserError(f"--judge-url is {url!r}; it begins with http:// or https://")
+            key = os.environ.get("JUDGE_API_KEY", "")
+            given["endpoint"] = Judge(url, settings.judge_model, settings.judge_scale, key)
+        given |= {"scorer": None} if "scorer" in asked else {}  # `supply` makes it, once there is a policy
+        return cls(mix, given)
+
+    def supply(self, name: str, make: Callable[[], object]) -> None:
+        """Make the input of that name, if a function of the mix asks for it."""
+        if name in self.inputs:
+            self.inputs[name] = make()
+
+    def check_columns(self, task: str, columns: dict) -> None:
+        """Raise UserError for a function that asks for what neither the task's examples nor the run have."""
+        there = {"prompts", "completions", "completion_ids", "state", *self.inputs, *columns}
+        for name, (function, _) in self.mix.items():
+            for asked in inspect.signature(function).parameters.values():
+                by_name = asked.kind in (asked.POSITIONAL_OR_KEYWORD, asked.KEYWORD_ONLY)
+                if by_name and asked.default is asked.empty and asked.name not in there:
+                    has = ", ".join(columns)
+                    raise UserError(f"--rewards: {name} needs the column {asked.name!r}; --task {task} has {has}")
+
+    def __call__(self, examples, rollout, state: dict) -> tuple[torch.Tensor, dict[str, float]]:
+        """Weighted total rewards (P, G) float32 on the CPU; mean, std and missing share of each function; UserError.
+
+        None is replaced by the function's mean over the group's other rows, and drops out where the group has no value.
+        `state` is changed in place, and must be what JSON can hold.
+        """
+        rows = [example for example in examples for _ in range(len(rollout.texts) // len(examples))]
+        # In float64 until the end: rounding must not tell rewards apart that are equal, or a flat group comes alive.
+        total, metrics = torch.zeros(len(examples), len(rows) // len(examples), dtype=torch.float64), {}
+        for name, (function, weight) in self.mix.items():
+            values = apply_reward(name, function, rows, rollout, **self.inputs, state=state)
+            values = [math.nan if value is None else value for value in values]
+            values = torch.tensor(values, dtype=torch.float64).view_as(total)
+            metrics[f"missing/{name}"] = values.isnan().double().mean().item()
+            values = torch.where(values.isnan(), values.nanmean(1, keepdim=True), values)
+            total += weight * values.nan_to_num(0.0)
+            known = values[~values.isnan()]
+            if len(known) > 1:
+                metrics |= {f"reward/{name}": known.mean().item(), f"reward_std/{name}": known.std().item()}
+        try:
+            plain = json.loads(json.dumps(state, allow_nan=False))  # as it is read back when the run is resumed
+        except (TypeError, ValueError) as error:
+            what = f"a reward left in its state what JSON cannot hold ({error})"
+            raise UserError(f"--rewards: {what}; keep numbers") from error
+        state.clear()
+        state.update(plain)
+        return total.float(), metrics
+
+    def total(self, **given) -> list[float | None]:
+        """The mix as one function, by which policies are compared where a task has no accuracy.
+
+        None where one of the functions has no value, so that an outage is no bad score.
+        """
+        total: list[float | None] = [0.0] * len(given["completions"])
+        for function, weight in self.mix.values():
+            values = function(**given, **accepted(function, self.inputs | {"state": {}}))
+            pairs = zip(total, values, strict=True)
+            total = [None if value is None or part is None else part + weight * value for part, value in pairs]
+        return total
 
 
 def accepted(function: RewardFunction, inputs: dict) -> dict:
@@ -526,7 +634,3 @@ def load_function(source: str) -> RewardFunction:
     if not callable(getattr(module, name, None)):
         raise UserError(f"--rewards: {path} has no function {name!r}")
     return getattr(module, name)
-
-
-if __name__ == "__main__":
-    compare_lines()

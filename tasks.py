@@ -6,7 +6,6 @@ validation problems steer (curves, best checkpoint, early stop, tuning), held-ou
 
 import hashlib
 import importlib.util
-import inspect
 import itertools
 import json
 import random
@@ -15,9 +14,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
+
 from rewards import (
     RewardFunction,
-    UserError,
+    accepted,
     answer_exact,
     answer_format,
     answer_last,
@@ -32,6 +33,7 @@ from rewards import (
     text_of,
     to_integer,
 )
+from runs import UserError
 
 OPERATIONS = {"+": lambda x, y: x + y, "-": lambda x, y: x - y, "*": lambda x, y: x * y}
 
@@ -156,8 +158,8 @@ class Source:
     splits: dict[str, str]  # of the hub: `train` and, where it has one, `held_out`
     convert: Callable[[dict], Example | None]  # None leaves out; raises KeyError, TypeError or ValueError for no record
 
-    def load(self, data: str | None = None, limit: int | None = None) -> dict[str, list[Example]]:
-        """Examples by split, at most `limit` of each; raises UserError.
+    def load(self, data: str | None = None) -> dict[str, list[Example]]:
+        """Examples by split; raises UserError.
 
         Where the source has no held-out records a tenth of its own is held out. Validation is a twentieth of what is
         left to train on, at most 500. Both follow from a hash of the question, and no question stands in two splits.
@@ -174,7 +176,7 @@ class Source:
         empty = [name for name, examples in splits.items() if not examples]
         if empty:
             raise UserError(f"--data: too few records, {', '.join(empty)} would be empty; give at least 3")
-        return {name: examples[:limit] for name, examples in splits.items()}
+        return splits
 
     def records(self, data: str | None) -> dict[str, tuple[list[dict], str]]:
         """Records and the name of where they came from, by split."""
@@ -384,17 +386,27 @@ def pose(task: Task, example: Example, chat: bool) -> Example:
     return replace(example, prompt=prompt, question=example.prompt)
 
 
-def load_task(task: Task, chat: bool, **settings) -> dict[str, list[Example]]:
-    """The examples of a task by split, as messages if `chat`; settings that are not None go to the task's `load`.
+def load_task(task: Task, chat: bool, limit: int | None = None, **settings) -> dict[str, list[Example]]:
+    """At most `limit` examples of each split, as messages if `chat`; settings that are no None go to the task's `load`.
 
     Raises UserError for a setting that the task does not have.
     """
     given = {name: value for name, value in settings.items() if value is not None}
     if math_accuracy in task.metrics.values() and not importlib.util.find_spec("math_verify"):
         raise UserError(f"--task {task.name} needs the package math-verify; python -m pip install math-verify")
-    try:
-        inspect.signature(task.load).bind(**given)
-    except TypeError as error:
-        name = str(error).split("'")[1].replace("_", "-")
-        raise UserError(f"--{name}: task {task.name} has no such setting; leave it out") from error
-    return {name: [pose(task, e, chat) for e in examples] for name, examples in task.load(**given).items()}
+    for name in given.keys() - accepted(task.load, given).keys():
+        raise UserError(f"--{name.replace('_', '-')}: task {task.name} has no such setting; leave it out")
+    splits = task.load(**given)
+    return {name: [pose(task, example, chat) for example in examples[:limit]] for name, examples in splits.items()}
+
+
+def take_prompts(examples: list[Example], step: int, count: int, seed: int, draw: int = 0) -> list[Example]:
+    """The prompts of a step (from 1): passes over all examples, each in its own order, by seed, pass and draw."""
+    chosen, orders = [], {}
+    for i in range((step - 1) * count, step * count):
+        epoch = i // len(examples)
+        if epoch not in orders:
+            stream = np.random.Philox(np.random.SeedSequence([seed, epoch, draw]))
+            orders[epoch] = np.random.Generator(stream).permutation(len(examples))
+        chosen.append(examples[orders[epoch][i % len(examples)]])
+    return chosen

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Makes every run behind the figures and tables of the README; about an hour on 2 cores. Run it from the repository root.
+# Makes every run behind the figures and tables of the main job in results/README.md; about an hour on 2 cores.
+# Run it from the repository root.
 set -euo pipefail
 export OMP_NUM_THREADS=1 # one thread a run, so that two runs side by side are as fast as they can be, and repeatable
 runs=${RUNS:-runs}

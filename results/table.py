@@ -1,4 +1,7 @@
-"""Print the README's tables of results from the committed runs: `python results/table.py`."""
+"""Print the tables of results/README.md, and the summary in README.md, from the committed runs.
+
+python results/table.py
+"""
 
 import json
 import re
@@ -35,6 +38,36 @@ def table(study: str, which: tuple[str, ...]) -> None:
             print(row(f"{policy}: {name}", [run[policy][key] for run in runs]))
 
 
+def evaluations(folder: str, which: str) -> list[dict]:
+    """One policy's held-out evaluations, a seed each: `which` is base, best or last."""
+    return [json.loads(path.read_text())[which] for path in sorted(HERE.glob(f"{folder}/seed*/evaluation.json"))]
+
+
+def summary(what: str, measure: str, key: str, before: list[dict], after: list[dict]) -> str:
+    """A line of README.md's table: mean before and after, and the change, paired by seed, with its 95 % interval."""
+    old, new = (np.array([result[key] for result in results]) for results in (before, after))
+    mean, _, half = t_interval(100 * (new - old))
+    change = f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]"
+    return f"| {what} | {measure} | {len(old)} | {old.mean():.1%} | {new.mean():.1%} | {change} |"
+
+
+def print_summary() -> None:
+    right, sampled, greedy = "right, T = 1", "sampled_accuracy", "accuracy"
+    main, grpo = evaluations("main", "base"), evaluations("algorithms/grpo", "last")
+    print("\nREADME.md\n\n| study | held-out share of | seeds | before | after | change in points |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    print(summary("the main job, 40 steps", right, sampled, main, evaluations("main", "best")))
+    print(summary("the same", "right, greedy", greedy, main, evaluations("main", "best")))
+    print(summary("the same", "shows working, T = 1", "sampled_working", main, evaluations("main", "best")))
+    print(summary("120 steps, the last policy", right, sampled, main, evaluations("long", "last")))
+    print(summary("control: shuffled rewards", right, sampled, main, evaluations("shuffled", "last")))
+    print(summary("`perplexity` as the only reward", right, sampled, main, evaluations("rewards/perplexity", "last")))
+    print(summary("`dapo` (after) against `grpo`", right, sampled, grpo, evaluations("algorithms/dapo", "last")))
+    for policy in ("autoencoder", "transformer"):
+        biased, trained = (evaluations(f"odd_even/{policy}/{method}", "last") for method in ("biased", "grpo"))
+        print(summary(f"`odd_even`, {policy}", "even sums right, greedy", "even_accuracy", biased, trained))
+
+
 def second_step(example: Example) -> tuple[int, str, int]:
     """The second operation of a problem: (4 - 9) * 6 has (-5, "*", 6)."""
     a, first, b, second, c = re.fullmatch(r"What is \((\d) (.) (\d)\) (.) (\d)\?", example.prompt).groups()
@@ -49,6 +82,7 @@ for name in ("validation", "held_out"):
 table("main", ("base", "best", "last"))
 table("long", ("last",))
 table("shuffled", ("base", "last"))
+print_summary()
 print("\nWhat the text on study B says besides its tables; differences from the baseline, paired by seed:")
 for study, baseline in (("algorithms", "grpo"), ("rewards", "shaped")):
     settings = {path.name: [read_run(run) for run in sorted(path.glob("seed*"))] for path in (HERE / study).glob("*/")}

@@ -22,10 +22,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from bench_main import ROOT, describe, load_before, machine, table, write
 from bench_sampler import IdsPolicy
+from steps import update_on
 
-from grpo import GRPOConfig, update
-from inference import Rollout, plan
+from checkpoints import plan
+from grpo import GRPOConfig
 from model_toy import Llama, LlamaConfig, character_tokenizer
+from policy import Rollout
 
 P, G, PROMPT, LENGTH, VOCABULARY = 4, 8, 32, 256, 50_000
 WAYS = {  # name: most logits at once, gradient checkpointing
@@ -64,7 +66,7 @@ def one(way: str) -> dict:
     config = GRPOConfig(micro_batch_tokens=10**6, max_new_tokens=LENGTH)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     before, start = peak(), time.perf_counter()
-    metrics = update(policy, reference, optimizer, rollout, rewards, config)
+    metrics = update_on(policy, reference, optimizer, rollout, rewards, config)
     weights = sum(weight.numel() for weight in model.parameters())
     settings = {"micro_batch_tokens": 10**6, "inner_updates": 1, "reference": True}
     estimate = plan(policy, P * G, P, PROMPT, LENGTH, **settings).peak / 1e9

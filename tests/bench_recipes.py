@@ -1,4 +1,4 @@
-"""Memory of the README's recipes, as `--dry-run` says for the published sizes of each model.
+"""Memory of the recipes in results/README.md, as `--dry-run` says for the published sizes of each model.
 
     python tests/bench_recipes.py
 

@@ -24,8 +24,9 @@ import torch
 from bench_main import ROOT, describe, load_before, machine, table, write
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-import inference
+import checkpoints
 from model_toy import Llama, LlamaConfig, character_tokenizer
+from policy import Rollout, TokenPolicy, micro_batches
 from sft import new_policy
 from tasks import Example
 
@@ -33,7 +34,7 @@ NEVER = -1  # an id that no model draws
 MOST_DIFFERENCE = 1e-5
 
 
-class IdsPolicy(inference.TokenPolicy):
+class IdsPolicy(TokenPolicy):
     """A policy whose prompts are token ids already."""
 
     def encode(self, prompts: list[list[int]]) -> list[list[int]]:
@@ -148,12 +149,12 @@ def bench_sampler(name: str, policy: IdsPolicy, model, settings) -> list[dict]:
     return cases
 
 
-def score(policy: IdsPolicy, rollout: inference.Rollout, weights: torch.Tensor, budget: int, shared: bool):
+def score(policy: IdsPolicy, rollout: Rollout, weights: torch.Tensor, budget: int, shared: bool):
     """Forward and backward over a rollout: seconds, log-probabilities (B, T), gradients by parameter."""
     policy.model.zero_grad()
     logp = torch.zeros_like(rollout.sampler_logp)
     start = time.perf_counter()
-    for rows in inference.micro_batches(rollout, budget):
+    for rows in micro_batches(rollout, budget):
         part = rollout.select(rows)
         values, _ = policy.log_probs(part, share_prompts=shared)
         (-(weights[rows, None] * values).sum() / rollout.mask.sum()).backward()
@@ -232,7 +233,7 @@ def main() -> None:
         policy = random_policy(MODELS[name]())
         sizes[name] = sum(weight.numel() for weight in policy.model.parameters())
         with tempfile.TemporaryDirectory() as folder:
-            inference.save(policy, Path(folder))
+            checkpoints.save(policy, Path(folder))
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         sampler += bench_sampler(name, policy, model, settings)
         scorer.append(bench_scorer(name, policy, settings))

@@ -11,8 +11,9 @@ import torch
 from hypothesis import settings
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from inference import TokenPolicy, save
+from checkpoints import save
 from model_toy import Llama, LlamaConfig, character_tokenizer
+from policy import TokenPolicy
 
 torch.set_num_threads(1)
 settings.register_profile("repeatable", derandomize=True, deadline=None)  # the same examples in every run

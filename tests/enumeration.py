@@ -2,7 +2,7 @@
 
 Vocabulary 3, of which token 0 ends a completion; at most 2 tokens; so 7 completions, of length 1 and 2. The policy is a
 table of logits for the first token and for the second after each first, in float64. `python tests/enumeration.py`
-prints the README's table of biases.
+prints the table of biases of tests/README.md.
 """
 
 import itertools
@@ -15,7 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from grpo import Algorithm, group_advantages, policy_loss  # noqa: E402
-from inference import log_distribution  # noqa: E402
+from policy import log_distribution  # noqa: E402
 
 VOCABULARY, LENGTH, END = 3, 2, 0
 COMPLETIONS = [(END,), *itertools.product((1, 2), range(VOCABULARY))]
@@ -87,7 +87,7 @@ def bias(algorithm: Algorithm, seeds: range = range(5)) -> list[tuple[float, flo
 
 
 def bias_row(advantage: str, aggregate: str) -> str:
-    """A line of the README's table of biases."""
+    """A line of the table of biases of tests/README.md."""
     angles, lengths = zip(*bias(replace(Algorithm(), advantage=advantage, aggregate=aggregate)), strict=True)
     spread = f"{min(angles):.1f} to {max(angles):.1f}°" if max(angles) > 1e-4 else "0°"
     return f"| `{advantage}` | `{aggregate}` | {spread} | {min(lengths):.2f} to {max(lengths):.2f} |"
@@ -95,8 +95,8 @@ def bias_row(advantage: str, aggregate: str) -> str:
 
 def main() -> None:
     print("| advantage | aggregate | angle to the true gradient | length, relative |\n| --- | --- | --- | --- |")
-    for advantage in ("none", "leave_one_out", "group", "batch"):
-        for aggregate in ("constant", "sequence", "token"):
+    for advantage in ("centered", "leave_one_out", "group", "batch_std"):
+        for aggregate in ("constant", "sequence_mean", "token_mean"):
             print(bias_row(advantage, aggregate))
 
 

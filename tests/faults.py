@@ -1,7 +1,7 @@
 """Faults that public implementations had, each put back into this code by a patch, and the test that catches it.
 
 `python tests/faults.py` runs every named test on the whole code (it must pass) and on each patched copy (it must fail),
-and prints a line of JSON a fault; `python tests/faults.py --table` prints the README's table. A patch replaces a text
+and prints a line of JSON a fault; `python tests/faults.py --table` prints the table of tests/README.md. A patch replaces a text
 that stands exactly once in its file.
 """
 # ruff: noqa: E501 (patches quote lines of code as they stand)
@@ -54,25 +54,25 @@ FAULTS = [
     Fault(
         "the surrogate negated twice, so that the loss is ascended",
         "fla-org/flash-linear-attention#1073",
-        "grpo.py", "per_token = -torch.minimum(", "per_token = torch.minimum(",
+        "grpo.py", "return -torch.minimum(", "return torch.minimum(",
         "grpo::test_update_raises_the_reward_it_is_given",
     ),
     Fault(
         "the end token masked out, so that stopping is never trained",
         "open-thought/tiny-grpo `train.py`",
-        "inference.py", "group=group, actions=actions, mask=mask,", "group=group, actions=actions, mask=mask & ~torch.isin(actions, torch.tensor(self.end_ids)),",
+        "policy.py", "group=group, actions=actions, mask=mask,", "group=group, actions=actions, mask=mask & ~torch.isin(actions, torch.tensor(self.end_ids)),",
         "oracle_sampler::test_the_mask_ends_with_the_end_token",
     ),
     Fault(
         "the sampling temperature missing in the scorer",
         "huggingface/trl#3029",
-        "inference.py", "self.temperature, self.exploration_noise)\n            with torch.no_grad", "1.0, self.exploration_noise)\n            with torch.no_grad",
+        "policy.py", "self.temperature, self.exploration_noise)\n            with torch.no_grad", "1.0, self.exploration_noise)\n            with torch.no_grad",
         "oracle_sampler::test_scorer_is_transformers",
     ),
     Fault(
         "each micro-batch divided by its own number of tokens",
         "allenai/open-instruct#1161",
-        "grpo.py", "ref_logps[i], denominator\n", "ref_logps[i], None\n",
+        "grpo.py", "algorithm, ref, denominator\n", "algorithm, ref, None\n",
         "oracle_properties::test_micro_batches_of_1_of_2_and_of_all_rows_give_the_same_update[dapo]",
     ),
     Fault(
@@ -84,25 +84,25 @@ FAULTS = [
     Fault(
         "flat groups left to the epsilon, which magnifies the rounding of the mean",
         "NVIDIA-NeMo/RL#4161",
-        "grpo.py", "torch.where(is_flat(rewards)[:, None], 0.0, (rewards - rewards.mean(1, keepdim=True)) / divisor)", "(rewards - rewards.mean(1, keepdim=True)) / divisor",
+        "grpo.py", "torch.where(is_flat(rewards)[:, None], 0.0, advantages)", "advantages",
         "oracle_values::test_flat_group_is_exactly_zero",
     ),
     Fault(
         "prompts tiled, completions grouped: a group holds completions of several prompts",
         "databricks/compose-rl#147",
-        "inference.py", "packed.group.repeat_interleave(group_size)\n        uniforms", "packed.group.repeat(group_size)\n        uniforms",
+        "policy.py", "packed.group.repeat_interleave(group_size)\n        uniforms", "packed.group.repeat(group_size)\n        uniforms",
         "oracle_sampler::test_shapes_of_a_rollout",
     ),
     Fault(
         "rewards reshaped across groups",
         "google/tunix#820",
-        "grpo.py", "dtype=torch.float64).view(-1, group_size)", "dtype=torch.float64).view(group_size, -1).T",
+        "rewards.py", "dtype=torch.float64).view_as(total)", "dtype=torch.float64).view_as(total.T).T",
         "grpo::test_rewards_are_weighted_and_a_missing_one_is_the_mean_of_its_group",
     ),
     Fault(
         "advantages centred on the whole batch where the group is meant",
         "XU-YIJIE/grpo-flat#2",
-        "grpo.py", "(rewards - rewards.mean(1, keepdim=True)) / divisor", "(rewards - rewards.mean()) / divisor",
+        "grpo.py", "advantages = rewards - rewards.mean(1, keepdim=True)", "advantages = rewards - rewards.mean()",
         "oracle_properties::test_groups_do_not_see_each_other",
     ),
     Fault(
@@ -138,7 +138,7 @@ FAULTS = [
     Fault(
         "prompt tokens in the loss",
         "NVIDIA-NeMo/RL#2176",
-        "inference.py", "            packed, group=group, actions=actions, mask=mask,",
+        "policy.py", "            packed, group=group, actions=actions, mask=mask,",
         "            packed, group=group, prompts=packed.prompts[:, :-1], prompt_mask=packed.prompt_mask[:, :-1],\n"
         "            actions=torch.cat([packed.prompts[group, -1:], actions], 1), mask=torch.cat([mask[:, :1], mask], 1),",
         "oracle_properties::test_completions_get_a_policy_gradient_up_to_the_end_token_and_prompts_get_none",
@@ -146,37 +146,37 @@ FAULTS = [
     Fault(
         "logits and ids shifted against each other by one",
         "verl-project/verl#3287",
-        "inference.py", "hidden[:, rollout.prompts.shape[1] - 1 :]", "hidden[:, rollout.prompts.shape[1] - 2 : -1]",
+        "policy.py", "hidden[:, rollout.prompts.shape[1] - 1 :]", "hidden[:, rollout.prompts.shape[1] - 2 : -1]",
         "oracle_sampler::test_scorer_is_transformers",
     ),
     Fault(
         "position ids that count left padding",
         "OpenRLHF/OpenRLHF#217",
-        "inference.py", "positions = (rollout.prompt_mask.cumsum(1) - 1).clamp(min=0)", "positions = (torch.ones_like(rollout.prompts).cumsum(1) - 1).clamp(min=0)",
+        "policy.py", "positions = (rollout.prompt_mask.cumsum(1) - 1).clamp(min=0)", "positions = (torch.ones_like(rollout.prompts).cumsum(1) - 1).clamp(min=0)",
         "oracle_sampler::test_scorer_is_transformers",
     ),
     Fault(
         "position ids of the completion off by one",
         "microsoft/onnxruntime-genai#2354",
-        "inference.py", "rollout.prompt_mask.sum(1)[rollout.group, None] + offsets", "rollout.prompt_mask.sum(1)[rollout.group, None] + offsets + 1",
+        "policy.py", "rollout.prompt_mask.sum(1)[rollout.group, None] + offsets", "rollout.prompt_mask.sum(1)[rollout.group, None] + offsets + 1",
         "oracle_sampler::test_scorer_is_transformers",
     ),
     Fault(
         "left padding visible to attention",
         "huggingface/trl#2708",
-        "inference.py", '"key_mask": None if rollout.prompt_mask.all() else rollout.prompt_mask}', '"key_mask": None}',
+        "policy.py", '"key_mask": None if rollout.prompt_mask.all() else rollout.prompt_mask}', '"key_mask": None}',
         "oracle_sampler::test_scorer_is_transformers",
     ),
     Fault(
         "a stale cache: rows leave the batch, their keys and values stay",
         "huggingface/transformers#46612",
-        "inference.py", "cache, key_mask = cache.select(keep),", "cache, key_mask = cache.select(torch.arange(len(keep))),",
+        "policy.py", "cache, key_mask = cache.select(keep),", "cache, key_mask = cache.select(torch.arange(len(keep))),",
         "oracle_sampler::test_greedy_is_generate_of_transformers",
     ),
     Fault(
         "top-k in the sampler, the full vocabulary in the loss",
         "NVIDIA/NeMo-Aligner#46",
-        "inference.py", "token = choose(distribution,", "token = choose(distribution.where(distribution >= distribution.topk(9).values[:, -1:], -torch.inf),",
+        "policy.py", "token = choose(distribution,", "token = choose(distribution.where(distribution >= distribution.topk(9).values[:, -1:], -torch.inf),",
         "oracle_sampler::test_frequencies_follow_the_softmax",
     ),
     Fault(
@@ -188,7 +188,7 @@ FAULTS = [
     Fault(
         "the weight of CISPO with gradient",
         "allenai/open-instruct#1269",
-        "grpo.py", "weight = clipped.detach()", "weight = clipped",
+        "grpo.py", "return -clipped.detach() * advantage", "return -clipped * advantage",
         "oracle_values::test_cispo_caps_the_weight_and_keeps_the_gradient",
     ),
     Fault(
@@ -200,61 +200,61 @@ FAULTS = [
     Fault(
         "rows divided by the padded width, not by their own length",
         "Tencent-Hunyuan/UniRL#448",
-        "grpo.py", "per_row / lengths[:, 0] if", "per_row / mask.shape[1] if",
+        "grpo.py", "per_row = per_row / lengths[:, 0]", "per_row = per_row / mask.shape[1]",
         "oracle_values::test_aggregates_of_rows_of_1_2_and_4_tokens",
     ),
     Fault(
         "Dr. GRPO's constant replaced by the width of the batch",
         "verl-project/verl#3741",
-        "grpo.py", '"constant": len(mask) * max_new_tokens}', '"constant": len(mask) * mask.shape[1]}',
+        "grpo.py", '"constant": rows * max_new_tokens}', '"constant": rows * mask.shape[1]}',
         "oracle_values::test_denominators_by_hand",
     ),
     Fault(
         "truncated completions dropped from the loss mask and counted elsewhere",
         "huggingface/trl#4976",
-        "inference.py", "group=group, actions=actions, mask=mask,", "group=group, actions=actions, mask=mask & ~truncated[:, None],",
+        "policy.py", "group=group, actions=actions, mask=mask,", "group=group, actions=actions, mask=mask & ~truncated[:, None],",
         "oracle_sampler::test_truncated_rows_have_a_mask_of_all_ones",
     ),
     Fault(
         "only one of several end ids ends a completion",
         "huggingface/trl#7039",
-        "inference.py", "sorted({tokenizer.eos_token_id, *end_ids} - {None})", "sorted({tokenizer.eos_token_id} - {None})",
+        "policy.py", "sorted({tokenizer.eos_token_id, *end_ids} - {None})", "sorted({tokenizer.eos_token_id} - {None})",
         "oracle_sampler::test_every_end_id_ends",
     ),
     Fault(
         "tokens after the end token kept in the mask",
         "bingreeky/MemGen#33",
-        "inference.py", "going = going & ~torch.isin(token, ends)", "going = going | ~torch.isin(token, ends)",
+        "policy.py", "going = going & ~torch.isin(token, ends)", "going = going | ~torch.isin(token, ends)",
         "oracle_sampler::test_the_mask_ends_with_the_end_token",
     ),
     Fault(
         "cumulative sums in low precision over a large vocabulary",
         "NVIDIA/Megatron-LM#7182",
-        "inference.py", ".cumsum(-1, dtype=torch.float64)", ".cumsum(-1).double()",
+        "policy.py", ".cumsum(-1, dtype=torch.float64)", ".cumsum(-1).double()",
         "oracle_sampler::test_each_token_of_a_large_vocabulary_has_its_own_slice",
     ),
     Fault(
         "a token of probability 0 drawn",
         "pytorch/pytorch#48841",
-        "inference.py", "uniform[:, None] * total, right=True)", "uniform[:, None] * total, right=False)",
+        "policy.py", "uniform[:, None] * total, right=True)", "uniform[:, None] * total, right=False)",
         "oracle_sampler::test_inverse_cdf_by_hand",
     ),
     Fault(
         "the same random numbers for rows that should differ",
         "verl-project/verl#5179",
-        "inference.py", "SeedSequence([*key, prompt, completion])", "SeedSequence([*key, completion])",
+        "policy.py", "SeedSequence([*key, prompt, completion])", "SeedSequence([*key, completion])",
         "oracle_sampler::test_key_and_number_of_the_prompt_change_the_rows",
     ),
     Fault(
         "after a resume the reference is the trained policy, not the base",
         "NVIDIA-NeMo/RL#3722",
-        "grpo.py", "optimizer, Progress, run.refreshed)\n", "optimizer, Progress, run.refreshed)\n        reference.model.load_state_dict(policy.model.state_dict())\n",
+        "grpo.py", "    run.restore()\n", "    run.restore()\n    run.reference = run.reference and frozen(policy)\n",
         "grpo::test_resumed_run_is_bitwise_equal_to_the_one_not_interrupted",
     ),
     Fault(
         "gradients of the last inner update not cleared",
         "huggingface/trl#583",
-        "grpo.py", "    optimizer.zero_grad()\n", "",
+        "runs.py", "    optimizer.zero_grad()\n", "",
         "oracle_golden::test_ten_updates_are_the_committed_ones",
     ),
     Fault(
@@ -266,7 +266,7 @@ FAULTS = [
     Fault(
         "a reward of None scored as 0",
         "huggingface/trl#5902",
-        "grpo.py", "values.nanmean(1, keepdim=True), values)", "0.0, values)",
+        "rewards.py", "values.nanmean(1, keepdim=True), values)", "0.0, values)",
         "grpo::test_rewards_are_weighted_and_a_missing_one_is_the_mean_of_its_group",
     ),
     Fault(
@@ -291,7 +291,7 @@ FAULTS = [
 
 
 def table() -> str:
-    """The README's table."""
+    """The table of tests/README.md."""
     lines = ["| fault | seen | caught by |", "| --- | --- | --- |"]
     for fault in FAULTS:
         repository, _, number = fault.seen.partition("#")

@@ -16,24 +16,20 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from steps import rewards_of, update_on
 from transformers import AutoModelForCausalLM
 
+import checkpoints
 import grpo
 import inference
 import rewards
+import runs
 import tasks
-from grpo import (
-    ALGORITHMS,
-    GRPOConfig,
-    compute_rewards,
-    group_advantages,
-    take_prompts,
-    update,
-)
-from inference import TokenPolicy
+from grpo import ALGORITHMS, GRPOConfig, group_advantages
 from model_toy import Llama, LlamaConfig, character_tokenizer
-from rewards import UserError
-from tasks import Example
+from policy import Rollout, TokenPolicy
+from runs import UserError
+from tasks import Example, take_prompts
 
 ROOT = Path(grpo.__file__).parent
 GRPO = ALGORITHMS["grpo"]
@@ -50,7 +46,7 @@ def tiny_policy(seed: int = 0) -> TokenPolicy:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("base")
-    inference.save(tiny_policy(), folder)
+    checkpoints.save(tiny_policy(), folder)
     return folder
 
 
@@ -93,7 +89,7 @@ def test_prompts_cover_every_pass_once_in_a_new_order_and_need_no_history():
     assert [e.prompt for e in take_prompts(examples, 1, 4, seed=4)] != steps[0]
 
 
-def rollout_of(policy: TokenPolicy, examples: list[Example], group_size: int, **more) -> inference.Rollout:
+def rollout_of(policy: TokenPolicy, examples: list[Example], group_size: int, **more) -> Rollout:
     return policy.sample(examples, group_size, (0, 1, 0), more.pop("max_new_tokens", 8), **more)
 
 
@@ -105,10 +101,10 @@ def test_rewards_are_weighted_and_a_missing_one_is_the_mean_of_its_group():
         "whole": (lambda completions, **_: [1.0, 2.0, None, None, None, None], 1.0),
         "other": (lambda completions, **_: [float(i) for i in range(6)], 0.1),
     }
-    total, means = compute_rewards(mix, examples, rollout, 3)
+    total, means = rewards_of(mix, examples, rollout)
     torch.testing.assert_close(total, torch.tensor([[1.0, 2.1, 1.7], [0.3, 0.4, 0.5]]))
     stds = {"reward_std/whole": 0.5, "reward_std/other": math.sqrt(3.5)}
-    missing = {"missing/whole": 4 / 6}  # before they were filled in
+    missing = {"missing/whole": 4 / 6, "missing/other": 0}  # before they were filled in
     assert means == pytest.approx({"reward/whole": 1.5, "reward/other": 2.5} | stds | missing)
 
 
@@ -129,7 +125,7 @@ def one_update(token_budget: int, inner: int = 1, beta: float = 0.04, share: boo
         num_inner_updates=inner, micro_batch_tokens=token_budget, beta=beta, learning_rate=1e-2, max_new_tokens=8
     )
     optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.1)
-    metrics = update(policy, reference if beta else None, optimizer, rollout, rewards, config)
+    metrics = update_on(policy, reference if beta else None, optimizer, rollout, rewards, config)
     advantages = group_advantages(rewards).flatten()
     return policy, metrics, rollout, advantages, reference
 
@@ -138,7 +134,7 @@ def test_update_equals_an_independent_one_by_transformers(tmp_path):
     policy, metrics, rollout, advantages, reference = one_update(10**6)
     models = []
     for name, source in (("policy", tiny_policy(0)), ("reference", reference)):
-        inference.save(source, tmp_path / name)
+        checkpoints.save(source, tmp_path / name)
         models.append(AutoModelForCausalLM.from_pretrained(tmp_path / name).eval())
     rows = []
     for i, group in enumerate(rollout.group.tolist()):  # one row at a time, no padding, no cache
@@ -196,7 +192,7 @@ def test_update_raises_the_reward_it_is_given():
         rollout = policy.sample(EXAMPLES, 16, (0, step, 0), 8)
         rewards = ((rollout.actions == target) & rollout.mask).sum(1).float().view(3, 16)
         share.append(((rollout.actions == target) & rollout.mask).sum().item() / rollout.mask.sum().item())
-        update(policy, None, optimizer, rollout, rewards, GRPOConfig(beta=0.0, max_new_tokens=8))
+        update_on(policy, None, optimizer, rollout, rewards, GRPOConfig(beta=0.0, max_new_tokens=8))
     assert share[0] < 0.15 and share[-1] > 0.5
 
 
@@ -206,14 +202,16 @@ def test_not_finite_stops_before_the_weights_move():
     start = [p.detach().clone() for p in policy.model.parameters()]
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=0.1)
     with pytest.raises(FloatingPointError, match="nan"):
-        update(policy, None, optimizer, rollout, torch.full((3, 4), math.nan), GRPOConfig(beta=0.0, max_new_tokens=8))
+        update_on(
+            policy, None, optimizer, rollout, torch.full((3, 4), math.nan), GRPOConfig(beta=0.0, max_new_tokens=8)
+        )
     assert all(torch.equal(a, b) for a, b in zip(start, policy.model.parameters(), strict=True))
 
 
 # --- The run ----------------------------------------------------------------------------------------------------
 
 
-def weights_of(run: grpo.Run) -> dict[str, torch.Tensor]:
+def weights_of(run: runs.Run) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in run.policy.model.state_dict().items()}
 
 
@@ -283,15 +281,15 @@ def test_run_folder_holds_what_the_design_lists(base, tmp_path, small_task):
 
 def test_best_checkpoint_is_the_best_by_validation(base, tmp_path, small_task, monkeypatch):
     scores = iter([0.1, 0.5, 0.3])
-    evaluate = grpo.evaluate
+    evaluate = inference.evaluate
 
-    def scored(policy, task, examples, *args, samples, **kwargs):
-        result = evaluate(policy, task, examples, *args, samples=samples, **kwargs)
+    def scored(policy, task, examples, width, samples, *args):
+        result = evaluate(policy, task, examples, width, samples, *args)
         return result | ({"sampled_accuracy": next(scores)} if samples == 2 else {})
 
     monkeypatch.setattr(grpo, "evaluate", scored)
     run = grpo.train(settings(base, tmp_path / "run"))
-    assert (run.progress.best_step, run.progress.best_score, run.progress.stale) == (2, 0.5, 1)
+    assert (run.position.best_step, run.position.best_score, run.position.validations_since_best) == (2, 0.5, 1)
     at_two = load_file(tmp_path / "run" / "resume" / "000002" / "weights.safetensors")
     assert same(at_two, load_file(tmp_path / "run" / "model.safetensors"))
 
@@ -313,8 +311,8 @@ def test_every_algorithm_runs_and_is_stored_with_the_run(base, tmp_path, small_t
 
 
 def test_flags_override_cells_of_the_row():
-    config = GRPOConfig(algorithm="dapo", aggregate="sequence", beta=0.1, max_resample=0)
-    changed = dataclasses.replace(ALGORITHMS["dapo"], aggregate="sequence", beta=0.1, max_resample=0)
+    config = GRPOConfig(algorithm="dapo", aggregate="sequence_mean", beta=0.1, max_resample=0)
+    changed = dataclasses.replace(ALGORITHMS["dapo"], aggregate="sequence_mean", beta=0.1, max_resample=0)
     assert config.resolved_algorithm == changed
     assert {cell.name for cell in dataclasses.fields(grpo.Algorithm)} <= {
         f.name for f in dataclasses.fields(GRPOConfig)
@@ -326,13 +324,24 @@ def only_products(prompts, completions, **_) -> list[float]:
     return [len(text) % 7 / 7 if "*" in prompt else 0.0 for prompt, text in zip(prompts, completions, strict=True)]
 
 
+def sample_groups(run: grpo.GRPORun, step: int):
+    """Steps (1) to (3) with dynamic sampling: the rollout, its rewards, and what was measured."""
+    config, state = run.config, run.position.reward_state
+    examples = take_prompts(run.data["train"], step, config.batch_size, config.seed)
+    rollout = run.policy.sample(examples, config.num_generations, (config.seed, step, 0), config.max_new_tokens)
+    rewards, _ = run.rewards(examples, rollout, state)
+    measured = inference.measure_rollout(rollout, rewards, examples, run.task)
+    rollout, rewards, counts = grpo.replace_flat_groups(run, step, examples, rollout, rewards)
+    return rollout, rewards, measured | counts
+
+
 def test_dynamic_sampling_replaces_flat_groups_and_only_those(base, tmp_path, small_task):
     reward = f"{Path(__file__)}:only_products=1"
     config = settings(base, tmp_path / "run", rewards=reward, batch_size=8, max_resample=3)
     run = grpo.prepare(config)
     for step in range(1, 6):
         examples = take_prompts(run.data["train"], step, 8, config.seed)
-        rollout, rewards, measured = grpo.sample_groups(run, step)
+        rollout, rewards, measured = sample_groups(run, step)
         assert rewards.shape == (8, 4) and len(rollout.texts) == 32 and len(rollout.prompts) == 8
         prompts = [run.policy.tokenizer.decode(p[m]) for p, m in zip(rollout.prompts, rollout.prompt_mask, strict=True)]
         expected = only_products([prompts[group] for group in rollout.group], rollout.texts)
@@ -346,14 +355,14 @@ def test_dynamic_sampling_replaces_flat_groups_and_only_those(base, tmp_path, sm
         assert not others or not {"".join(examples[i].prompt.split()) for i in range(8)} & set(others)
         assert measured["zero_std_groups"] == pytest.approx(1 - len(alive) / 8), "measured on the first draw"
         assert measured["samples"] >= 32 + 4 * (8 - len(alive)) and measured["tokens"] > rollout.mask.sum() - 1
-        again = grpo.sample_groups(run, step)[0]
+        again = sample_groups(run, step)[0]
         assert again.texts == rollout.texts
 
 
 def test_dynamic_sampling_gives_up_after_max_resample_draws(base, tmp_path, small_task):
     config = settings(base, tmp_path / "run", rewards="answer_exact=1", max_resample=2)
     run = grpo.prepare(config)
-    rollout, rewards, measured = grpo.sample_groups(run, 1)
+    rollout, rewards, measured = sample_groups(run, 1)
     assert measured["samples"] == 3 * 3 * 4 and rewards.shape == (3, 4) and not rewards.any()
     assert len(rollout.texts) == 12
 
@@ -381,25 +390,30 @@ def test_exploration_noise_is_in_sampler_scorer_and_reference(base, tmp_path, sm
 
 def test_patience_and_kl_limit_stop_early(base, tmp_path, small_task, capsys):
     run = grpo.train(settings(base, tmp_path / "kl", kl_limit=1e-12))
-    assert run.progress.step == 2 and "--kl-limit" in capsys.readouterr().out  # at step 1 policy and reference agree
+    assert run.position.step == 2 and "--kl-limit" in capsys.readouterr().out  # at step 1 policy and reference agree
     run = grpo.train(settings(base, tmp_path / "patience", patience=1))
-    assert run.progress.step == 2 and "--patience" in capsys.readouterr().out
+    assert run.position.step == 2 and "--patience" in capsys.readouterr().out
 
 
 def test_kl_and_flat_warnings():
     calm = {"step": 3, "truncated": 0.0, "zero_std_groups": 0.5, "accuracy": 0.5, "format": 0.5, "kl": 0.1}
 
-    class Bar(list):
-        def write(self, text, file):
-            self.append(text)
-
     for change, words in (({}, []), ({"kl": 2.0}, ["--beta"]), ({"zero_std_groups": 1.0, "accuracy": 1.0}, [])):
-        bar = Bar()
-        for _ in range(2):
-            grpo.warn_once(progress := grpo.Progress(), calm | change, bar)
-            grpo.warn_once(progress, calm | change, bar)
-            assert len(bar) == len(words) and all(word in text for word, text in zip(words, bar, strict=True))
-            bar.clear()
+        run = grpo.GRPORun(
+            config=GRPOConfig(),
+            policy=None,
+            optimizer=None,
+            last_step=9,
+            task=None,
+            data={},
+            rewards=None,
+            reference=None,
+        )
+        said = []
+        run.say = lambda text, file, said=said: said.append(text)
+        for _ in range(2):  # each thing once
+            run.warn(calm | change)
+            assert len(said) == len(words) and all(word in text for word, text in zip(words, said, strict=True))
 
 
 def test_warnings_name_the_flag_and_come_once(base, tmp_path, small_task, capsys):
@@ -409,20 +423,11 @@ def test_warnings_name_the_flag_and_come_once(base, tmp_path, small_task, capsys
         assert text.count(flag) == 1, flag
 
 
-def test_every_setting_is_read():
-    """No flag that is parsed and then forgotten."""
-    source = (ROOT / "grpo.py").read_text()
-    body = source[source.index("def group_advantages") :]
-    for field in dataclasses.fields(GRPOConfig):
-        assert re.search(rf"(config|run\.config|algorithm)\.{field.name}\b", body), field.name
-
-
 def test_the_loop_uses_the_numbers_of_the_docstring():
     numbers = re.findall(r"^(\d)\. ", grpo.__doc__, re.MULTILINE)
     assert numbers == list("123456")
-    code = "".join(map(inspect.getsource, (grpo.train_step, grpo.sample_groups, grpo.update)))
-    marked = set(re.findall(r"\((\d)\)", " ".join(re.findall(r"#.*", code))))
-    assert marked == set(numbers)
+    marked = re.findall(r"# \((\d)\)", inspect.getsource(grpo.train_step))
+    assert marked == numbers, "one line each, in this order"
 
 
 # --- Command line -----------------------------------------------------------------------------------------------
@@ -455,16 +460,16 @@ def command(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
         (["--algorithm", "dapo", "--kl-estimator", "k2"], ["--kl-estimator", "--beta above 0"]),
         (["--algorithm", "pairwise", "--epsilon", "0.1"], ["--epsilon", "--surrogate"]),
         (["--preference-strength", "5"], ["--preference-strength", "pairwise"]),
-        (["--num-generations", "-1"], ["--num-generations", "at least 2"]),
-        (["--temperature", "-1"], ["--temperature", "0.001 or above"]),
-        (["--seed", "18446744073709551616"], ["--seed", "below 2**63"]),
-        (["--aggregate", "row"], ["--aggregate", "'row'", "sequence, token, constant"]),
-        (["--advantage", "pairwise"], ["--advantage pairwise", "--surrogate plain"]),
-        (["--algorithm", "pairwise", "--aggregate", "token"], ["pairwise", "--aggregate sequence"]),
+        (["--num-generations", "-1"], ["--num-generations", "above 0"]),
+        (["--temperature", "-1"], ["--temperature", "0 or above"]),
+        (["--seed", "18446744073709551616"], ["--seed", "at most 9223372036854775807"]),
+        (["--aggregate", "row"], ["--aggregate", "'row'", "'sequence_mean', 'token_mean', 'constant'"]),
+        (["--advantage", "pairwise"], ["--advantage pairwise", "--surrogate reinforce"]),
+        (["--algorithm", "pairwise", "--aggregate", "token_mean"], ["pairwise", "--aggregate sequence_mean"]),
         (["--overlong-buffer", "2"], ["--overlong-buffer", "at most 1"]),
         (["--exploration-noise", "1"], ["--exploration-noise", "below 1"]),
         (["--exploration-noise", "0", "--policy", "autoencoder"], ["--exploration-noise", "above 0"]),
-        (["--policy", "perceptron"], ["--policy", "transformer, autoencoder"]),
+        (["--policy", "perceptron"], ["--policy", "'transformer', 'autoencoder'"]),
         (["--rewards", "judge=1"], ["judge", "--judge-url", "overlap=1"]),
         (["--rewards", "judge=1", "--judge-url", "localhost:8000"], ["--judge-url", "http://"]),
         (["--judge-url", "http://localhost:8000/v1"], ["--judge-url", "does nothing", "answer_exact"]),
@@ -480,10 +485,10 @@ def command(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
 )
 def test_mistakes_are_one_line_and_status_2(arguments, words, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["grpo.py", *arguments])
-    monkeypatch.setattr(inference.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(runs.signal, "signal", lambda *_: None)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
-        inference.run_main(grpo.main, resumable=True)
+        runs.run_main(grpo.main, resumable=True)
     errors = capsys.readouterr().err
     assert stopped.value.code == 2 and errors.count("\n") == 1, errors
     assert all(word in errors for word in ("error", *words)), errors
@@ -552,10 +557,10 @@ def finished(base, tmp_path_factory):
         ("resume/latest", "../../elsewhere/resume/000002"),
         ("resume/latest", b"\xff\xfe"),
         ("resume/latest", "000099"),
-        ("resume/000004/progress.json", "{}"),
-        ("resume/000004/progress.json", '{"step": "a"}'),
-        ("resume/000004/progress.json", '{"strange": 1}'),
-        ("resume/000004/progress.json", "[1"),
+        ("resume/000004/position.json", "{}"),
+        ("resume/000004/position.json", '{"step": "a"}'),
+        ("resume/000004/position.json", '{"strange": 1}'),
+        ("resume/000004/position.json", "[1"),
         ("resume/000004/weights.safetensors", b"garbage"),
         ("resume/000004/optimizer.safetensors", b"\x02\0\0\0\0\0\0\0{}"),  # whole, but empty
         ("metrics.jsonl", '{"step": 0}\nnonsense\n'),
@@ -579,13 +584,13 @@ def test_a_run_made_before_a_setting_was_there_can_be_continued(finished, tmp_pa
     del stored["settings"]["exploration_noise"], stored["settings"]["max_resample"]
     (tmp_path / "old" / "run.json").write_text(json.dumps(stored))
     monkeypatch.setattr(sys, "argv", ["grpo.py", "--out", str(tmp_path / "old"), "--resume"])
-    config = inference.parse_settings(GRPOConfig, "", grpo.MAY_CHANGE)
+    config = runs.parse_settings(GRPOConfig, "", "")
     assert config.exploration_noise is None and config.max_resample is None
 
 
 def test_a_reward_that_never_has_a_say_leaves_no_mean(recwarn):
     rollout = rollout_of(tiny_policy(), EXAMPLES, 2)
-    total, means = compute_rewards({"mute": (lambda **_: [None] * 6, 1.0)}, EXAMPLES, rollout, 2)
+    total, means = rewards_of({"mute": (lambda **_: [None] * 6, 1.0)}, EXAMPLES, rollout)
     assert not total.any() and means == {"missing/mute": 1.0} and not recwarn
 
 
@@ -594,29 +599,33 @@ def test_damaged_run_json_is_one_line(tmp_path, stored, monkeypatch):
     (tmp_path / "run.json").write_text(stored)
     monkeypatch.setattr(sys, "argv", ["grpo.py", "--out", str(tmp_path), "--resume"])
     with pytest.raises(UserError, match="run.json"):
-        inference.parse_settings(GRPOConfig, "", grpo.MAY_CHANGE)
+        runs.parse_settings(GRPOConfig, "", "")
 
 
 def test_a_renamed_run_resumes_where_it_is_now(finished, tmp_path, monkeypatch):
     shutil.copytree(finished, tmp_path / "saved_model")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["grpo.py", "--resume"])
-    assert inference.parse_settings(GRPOConfig, "", grpo.MAY_CHANGE).out == "saved_model"
+    assert runs.parse_settings(GRPOConfig, "", "").out == "saved_model"
 
 
 def test_resume_after_an_early_stop_trains_no_further(base, tmp_path, small_task):
     first = grpo.train(settings(base, tmp_path / "run", patience=1))
     again = grpo.train(settings(base, tmp_path / "run", patience=1, resume=True))
-    assert same(weights_of(first), weights_of(again)) and again.progress == first.progress
+    assert same(weights_of(first), weights_of(again)) and again.position == first.position
     further = grpo.train(settings(base, tmp_path / "run", patience=9, resume=True))
-    assert further.progress.step == 4
+    assert further.position.step == 4
 
 
 def test_interrupt_between_save_and_loop_still_saves(base, tmp_path, small_task, monkeypatch):
-    monkeypatch.setattr(grpo, "reason_to_stop", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    def kill(run, metrics):
+        if metrics and not run.signal:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(grpo.GRPORun, "reason_to_stop", kill)
     with pytest.raises(SystemExit) as stopped:
         grpo.train(settings(base, tmp_path / "run", save_every=100))
-    assert stopped.value.code == 130 and (tmp_path / "run" / "resume" / "latest").read_text() == "000001"
+    assert stopped.value.code == 130 and (tmp_path / "run" / "resume" / "latest").read_text() == "000000"
 
 
 @pytest.mark.parametrize(("fails", "flag"), [("sample", "--num-generations"), ("log_probs", "--micro-batch-tokens")])
@@ -637,7 +646,7 @@ def test_resume_refuses_to_become_another_run(base, tmp_path, small_task, monkey
 
     def parsed(*arguments):
         monkeypatch.setattr(sys, "argv", ["grpo.py", "--out", config.out, "--resume", *arguments])
-        return inference.parse_settings(GRPOConfig, "", grpo.MAY_CHANGE)
+        return runs.parse_settings(GRPOConfig, "", "")
 
     with pytest.raises(UserError, match="--batch-size 3"):
         parsed("--batch-size", "5")
@@ -654,7 +663,7 @@ def test_reward_functions_see_what_trl_would_give_them(base, tmp_path, small_tas
     policy = tiny_policy()
     examples = tasks.TASKS["arithmetic"].load()["train"][:2]
     rollout = rollout_of(policy, examples, 2)
-    compute_rewards({"spy": (spy, 1.0)}, examples, rollout, 2)
+    rewards_of({"spy": (spy, 1.0)}, examples, rollout)
     assert seen["prompts"] == [examples[0].prompt] * 2 + [examples[1].prompt] * 2
     assert seen["answer"] == [examples[0].columns["answer"]] * 2 + [examples[1].columns["answer"]] * 2
     assert [policy.tokenizer.decode(ids, skip_special_tokens=True) for ids in seen["ids"]] == seen["completions"]
@@ -671,10 +680,10 @@ def test_the_state_of_a_reward_is_the_runs_and_looking_on_changes_nothing(base, 
     monkeypatch.setitem(rewards.REWARDS, "adaptive", adaptive)
     mix = {"rewards": "adaptive=1"}
     whole = grpo.train(settings(base, tmp_path / "whole", **mix))
-    assert whole.progress.state == {"calls": 4}
+    assert whole.position.reward_state == {"calls": 4}
     grpo.train(settings(base, tmp_path / "part", **mix | {"steps": 2}))
     resumed = grpo.train(settings(base, tmp_path / "part", **mix | {"resume": True}))
-    assert resumed.progress.state == {"calls": 4} and same(weights_of(whole), weights_of(resumed))
+    assert resumed.position.reward_state == {"calls": 4} and same(weights_of(whole), weights_of(resumed))
 
 
 def test_the_frozen_base_is_the_scorer_even_where_the_reference_moves(base, tmp_path, small_task):
@@ -682,8 +691,8 @@ def test_the_frozen_base_is_the_scorer_even_where_the_reference_moves(base, tmp_
         out = tmp_path / "-".join(more)
         run = grpo.train(settings(base, out, rewards="perplexity=1", learning_rate=0.01, **more))
         rollout = rollout_of(run.policy, EXAMPLES, 2)
-        total, _ = compute_rewards(run.mix, EXAMPLES, rollout, 2, run.inputs)
-        start = inference.load(base, torch.device("cpu"))
+        total, _ = run.rewards(EXAMPLES, rollout, {})
+        start = checkpoints.load(base, torch.device("cpu"))
         with torch.no_grad():
             expected = (start.log_probs(rollout)[0].sum(1) / rollout.mask.sum(1)).exp()
         torch.testing.assert_close(total.flatten(), expected, rtol=1e-5, atol=0)

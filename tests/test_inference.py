@@ -13,29 +13,23 @@ import torch
 from safetensors.torch import load_file
 
 import inference
-from inference import (
-    InferenceConfig,
-    Rollout,
-    TokenPolicy,
+import runs
+from checkpoints import choose_device, load, save
+from inference import InferenceConfig, bootstrap, evaluate, results_table, show_answer, wilson
+from model_toy import character_tokenizer
+from policy import Rollout, TokenPolicy, micro_batches
+from runs import (
+    Position,
+    UserError,
     atomic_write,
-    bootstrap,
-    choose_device,
-    evaluate,
-    load,
     load_state,
-    micro_batches,
     out_of_memory,
     printable,
-    results_table,
     run_main,
-    save,
     save_state,
-    show_answer,
     start_run,
-    wilson,
 )
-from model_toy import character_tokenizer
-from rewards import UserError
+from sft import SFTConfig
 from tasks import Example, find_task
 
 SCRIPT = Path(inference.__file__)
@@ -292,31 +286,35 @@ def test_atomic_write_leaves_the_old_file_if_the_writer_fails(tmp_path):
 
 
 def test_a_run_is_not_overwritten_unasked(tmp_path):
-    out = start_run(str(tmp_path / "run"), {"model": None, "seed": 1}, overwrite=False)
-    run = json.loads((out / "run.json").read_text())
-    assert run["settings"] == {"model": None, "seed": 1} and run["versions"]["torch"] == torch.__version__
+    config = SFTConfig(out=str(tmp_path / "run"), seed=1)
+    start_run(config, more=7)
+    out = tmp_path / "run"
+    stored = json.loads((out / "run.json").read_text())
+    assert stored["settings"] == dataclasses.asdict(config) and stored["versions"]["torch"] == torch.__version__
+    assert stored["more"] == 7
     (out / "metrics.jsonl").write_text("{}\n")
     (out / "resume").mkdir()
     with pytest.raises(UserError, match="already holds a run; --resume continues it, --overwrite replaces it"):
-        start_run(str(out), {"model": None, "resume": False, "seed": 2}, overwrite=False)
-    assert (out / "metrics.jsonl").exists() and json.loads((out / "run.json").read_text()) == run
-    start_run(str(out), {"model": None, "resume": False, "seed": 2}, overwrite=True)
+        start_run(dataclasses.replace(config, seed=2))
+    assert (out / "metrics.jsonl").exists() and json.loads((out / "run.json").read_text()) == stored
+    start_run(dataclasses.replace(config, resume=True, patience=3))  # which leaves the rest as it is
+    resumed = json.loads((out / "run.json").read_text())
+    assert resumed["settings"]["patience"] == 3 and resumed["more"] == 7 and (out / "metrics.jsonl").exists()
+    start_run(dataclasses.replace(config, seed=2, overwrite=True))
     assert not (out / "metrics.jsonl").exists() and not (out / "resume").exists()
     (tmp_path / "file").write_text("mine")
     for folder in (tmp_path / "file", tmp_path / "file" / "run"):
         for overwrite in (False, True):
             with pytest.raises(UserError, match="cannot be made"):
-                start_run(str(folder), {"model": None}, overwrite)
+                start_run(SFTConfig(out=str(folder), overwrite=overwrite))
     assert (tmp_path / "file").read_text() == "mine"
 
 
 # --- Saved states ---------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
-class Progress:
-    step: int
-    best: float = 0.5
+def at(step: int) -> Position:
+    return Position(step, best_step=0, best_score=0.25)
 
 
 def step(policy: TokenPolicy, optimizer: torch.optim.Optimizer, number: int) -> None:
@@ -350,7 +348,7 @@ def interrupted(random_policy, tmp_path):
         if number in (1, 2, 10):
             (tmp_path / "model.safetensors").unlink(missing_ok=True)
             (tmp_path / "model.safetensors").write_bytes(b"best at %d" % number)
-            save_state(tmp_path, number, policy.model, optimizer, {"step": number, "best": 0.25})
+            save_state(tmp_path, at(number), {"weights": policy.model}, optimizer)
     for name in ("metrics.jsonl", "samples.jsonl"):
         (tmp_path / name).write_text("".join(f'{{"step": {number}, "text": "→"}}\n' for number in range(13)))
     return tmp_path, kept
@@ -359,7 +357,7 @@ def interrupted(random_policy, tmp_path):
 def test_a_run_continues_from_its_saved_state_bit_by_bit(interrupted, random_policy):
     out, kept = interrupted
     policy, optimizer = with_optimizer(random_policy(seed=9))
-    assert load_state(out, policy.model, optimizer, Progress) == Progress(10, 0.25)
+    assert load_state(out, {"weights": policy.model}, optimizer) == at(10)
     assert same(weights_of(policy), kept[10])
     for number in (11, 12):
         step(policy, optimizer, number)
@@ -379,19 +377,19 @@ def test_metrics_are_cut_back_to_the_saved_step(interrupted, random_policy):
     kept = "".join(f'{{"step": {number}, "text": "→"}}\n' for number in range(11))
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"step": 13, "rew')
-    load_state(out, *model_and_optimizer(random_policy), Progress)
+    load_state(out, *model_and_optimizer(random_policy))
     assert (out / "metrics.jsonl").read_text() == (out / "samples.jsonl").read_text() == kept
 
 
-def model_and_optimizer(random_policy) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+def model_and_optimizer(random_policy) -> tuple[dict, torch.optim.Optimizer]:
     policy, optimizer = with_optimizer(random_policy())
-    return policy.model, optimizer
+    return {"weights": policy.model}, optimizer
 
 
 def test_the_best_checkpoint_is_that_of_the_saved_step(interrupted, random_policy):
     out, _ = interrupted
     atomic_write(out / "model.safetensors", lambda path: path.write_bytes(b"best at 12"))
-    load_state(out, *model_and_optimizer(random_policy), Progress)
+    load_state(out, *model_and_optimizer(random_policy))
     assert (out / "model.safetensors").read_bytes() == b"best at 10"
 
 
@@ -402,21 +400,21 @@ def test_a_half_written_state_is_ignored_and_replaced(interrupted, random_policy
     (out / "resume" / ".partial" / "weights.safetensors").write_bytes(b"half")
     (out / "resume" / "000012").mkdir()
     policy, optimizer = with_optimizer(random_policy(seed=9))
-    assert load_state(out, policy.model, optimizer, Progress).step == 10
+    assert load_state(out, {"weights": policy.model}, optimizer).step == 10
     assert same(weights_of(policy), kept[10])
-    save_state(out, 12, policy.model, optimizer, dataclasses.asdict(Progress(12)))
+    save_state(out, at(12), {"weights": policy.model}, optimizer)
     assert sorted(path.name for path in (out / "resume").iterdir()) == ["000010", "000012", "latest"]
-    assert load_state(out, policy.model, optimizer, Progress) == Progress(12)
+    assert load_state(out, {"weights": policy.model}, optimizer) == at(12)
 
 
-@pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.safetensors", "progress.json"])
+@pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.safetensors", "position.json"])
 @pytest.mark.parametrize("edit", [cut, lambda name: lambda folder: (folder / name).unlink()], ids=["cut", "missing"])
 def test_a_damaged_state_is_an_error_that_names_the_file(interrupted, random_policy, name, edit):
     out, _ = interrupted
     edit(name)(out / "resume" / "000010")
     before = (out / "metrics.jsonl").read_bytes()
     with pytest.raises(UserError, match=f"--resume: .*000010/{name}.*--overwrite"):
-        load_state(out, *model_and_optimizer(random_policy), Progress)
+        load_state(out, *model_and_optimizer(random_policy))
     assert (out / "metrics.jsonl").read_bytes() == before
 
 
@@ -426,9 +424,9 @@ def test_a_damaged_state_is_an_error_that_names_the_file(interrupted, random_pol
         ("resume/latest", ""),
         ("resume/latest", "../../elsewhere"),
         ("resume/latest", "000011"),
-        ("resume/000010/progress.json", "{}"),
-        ("resume/000010/progress.json", '{"step": "10"}'),
-        ("resume/000010/progress.json", '{"step": 10, "luck": 1}'),
+        ("resume/000010/position.json", "{}"),
+        ("resume/000010/position.json", '{"step": "10"}'),
+        ("resume/000010/position.json", '{"step": 10, "luck": 1}'),
         ("metrics.jsonl", '{"step": 1}\nno json\n'),
         ("samples.jsonl", '{"reward": 1}\n'),
     ],
@@ -437,12 +435,12 @@ def test_a_state_with_odd_content_is_refused(interrupted, random_policy, file, t
     out, _ = interrupted
     (out / file).write_text(text)
     with pytest.raises(UserError, match="--resume: .* damaged .*--overwrite"):
-        load_state(out, *model_and_optimizer(random_policy), Progress)
+        load_state(out, *model_and_optimizer(random_policy))
 
 
 def test_a_run_without_a_saved_state_says_so(tmp_path, random_policy):
     with pytest.raises(UserError, match="--resume: .*latest.*--overwrite"):
-        load_state(tmp_path, *model_and_optimizer(random_policy), Progress)
+        load_state(tmp_path, *model_and_optimizer(random_policy))
 
 
 def test_the_state_is_saved_where_there_are_no_hard_links(tmp_path, random_policy, monkeypatch):
@@ -451,8 +449,8 @@ def test_the_state_is_saved_where_there_are_no_hard_links(tmp_path, random_polic
 
     monkeypatch.setattr("os.link", fail)
     (tmp_path / "model.safetensors").write_bytes(b"best")
-    model, optimizer = model_and_optimizer(random_policy)
-    save_state(tmp_path, 0, model, optimizer, {"step": 0})
+    models, optimizer = model_and_optimizer(random_policy)
+    save_state(tmp_path, at(0), models, optimizer)
     assert (tmp_path / "resume" / "000000" / "best.safetensors").read_bytes() == b"best"
 
 
@@ -511,7 +509,7 @@ def run(monkeypatch, capsys, *words: object, text: str = "") -> tuple[int, str, 
     """The command in this process: exit status, stdout, stderr."""
     monkeypatch.setattr(sys, "argv", ["inference.py", *map(str, words)])
     monkeypatch.setattr(sys, "stdin", io.StringIO(text))
-    monkeypatch.setattr(inference.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(runs.signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit) as caught:
         run_main(inference.main)
     captured = capsys.readouterr()
@@ -553,7 +551,11 @@ def test_samples_are_drawn_at_a_temperature(monkeypatch, capsys, folders):
 def test_eval_prints_a_table(monkeypatch, capsys, folders):
     words = ["--eval", "--task", "arithmetic", "--limit", 20, "--model", folders / "seven", folders / "escape"]
     status, out, err = run(monkeypatch, capsys, *words)
-    assert (status, err) == (0, "")
+    assert status == 0
+    lines = [
+        f"{folders / name}: 20 problems, one greedy completion and 4 samples of each" for name in ("seven", "escape")
+    ]
+    assert err.splitlines() == lines
     examples = find_task("arithmetic").load(copies=1)["held_out"][:20]
     share = sum(example.columns["answer"] == "7" for example in examples) / 20
     lines = out.splitlines()
@@ -606,7 +608,7 @@ def test_run_main_passes_statuses_on(monkeypatch, capsys):
         return caught.value.code, capsys.readouterr().err
 
     monkeypatch.setattr(sys, "argv", ["/some/where/grpo.py"])
-    monkeypatch.setattr(inference.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(runs.signal, "signal", lambda *_: None)
     assert end() == (None, "")
     assert end(UserError("two\nlines  \x1b[2J")) == (2, "grpo.py: error: two lines \\x1b[2J\n")
     assert end(KeyboardInterrupt()) == (130, "grpo.py: error: interrupted\n")

@@ -1,15 +1,18 @@
 """The judge against a real HTTP server on this machine: good, slow, busy, broken and silent; training goes on."""
 
+import asyncio
 import contextlib
 import json
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from unittest.mock import AsyncMock
 
 import pytest
+from steps import rewards_of
 from test_real_models import follow_recipe
 
-import grpo
+import rewards
 from rewards import Judge, judge
 from tasks import Example
 
@@ -123,6 +126,16 @@ def drips(handler, number):
             handler.wfile.write(b" ")
 
 
+@behaviour
+def floods(handler, number):
+    handler.send_response(200)
+    handler.end_headers()
+    with contextlib.suppress(OSError):
+        while not handler.server.closing.is_set():
+            handler.wfile.write(b" " * 2**20)
+            handler.server.flood += 1
+
+
 @pytest.fixture
 def server():
     """A factory of servers with one of the behaviours; `server.bodies` are the calls that came."""
@@ -140,7 +153,7 @@ def server():
                 pass
 
         made = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        made.bodies, made.closing, made.daemon_threads = [], threading.Event(), True
+        made.bodies, made.flood, made.closing, made.daemon_threads = [], 0, threading.Event(), True
         made.url = f"http://127.0.0.1:{made.server_port}/v1"
         threading.Thread(target=made.serve_forever, daemon=True).start()
         running.append(made)
@@ -192,6 +205,35 @@ def test_a_call_that_fails_is_no_score(server, name):
     assert len(made.bodies) > 4  # the next batch tries again
 
 
+def test_a_reply_without_end_is_cut(server):
+    made = server("floods")
+    assert client(made.url, retries=0)(["q"], ["a"]) == [None]
+    assert made.flood < 64  # MiB that the system's buffers and the judge took
+
+
+def test_the_key_goes_to_the_judge_and_no_other(server, monkeypatch):
+    """Nor does a token that is meant for the hub go to the judge."""
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    made, other = server("answers"), server("answers")
+    assert client(made.url)(["q"], ["good"]) == client(made.url, key=" k\n")(["q"], ["good"]) == [1]
+    assert [call["key"] for call in made.bodies] == [None, "Bearer k"]
+    for status in (301, 307):
+        monkeypatch.setitem(
+            BEHAVIOURS, "moved", lambda handler, _, code=status: send(handler, code, Location=other.url)
+        )
+        assert client(server("moved").url, key="k")(["q"], ["good"]) == [None]
+    assert other.bodies == []
+
+
+def test_a_thread_whose_event_loop_runs_may_ask(server):
+    made = server("answers")
+
+    async def notebook():
+        return client(made.url)(["q"], ["good"])
+
+    assert asyncio.run(notebook()) == [1]
+
+
 def test_nobody_listens():
     assert client("http://127.0.0.1:9/v1")(["q"], ["a"]) == [None]
 
@@ -221,8 +263,8 @@ def test_missing_scores_are_filled_from_the_group_and_counted(server, random_pol
     made = server("picky")
     rollout = random_policy().sample([Example("1+1"), Example("2*2")], 3, (0, 0, 0), 4)
     rollout.texts = ["good", "bad", "7", "77", "777", "7777"]
-    mix, inputs = grpo.parse_rewards("judge=2"), {"endpoint": client(made.url, patience=100, retries=1)}
-    total, means = grpo.compute_rewards(mix, [Example("1+1"), Example("2*2")], rollout, 3, inputs)
+    mix, inputs = rewards.parse_rewards("judge=2"), {"endpoint": client(made.url, patience=100, retries=1)}
+    total, means = rewards_of(mix, [Example("1+1"), Example("2*2")], rollout, **inputs)
     assert total.tolist() == [[2, 0, 1], [0, 0, 0]]
     assert means["missing/judge"] == pytest.approx(4 / 6) and means["reward/judge"] == pytest.approx(0.5)
     monkeypatch.delitem(BEHAVIOURS, "picky")
@@ -232,7 +274,7 @@ def test_missing_scores_are_filled_from_the_group_and_counted(server, random_pol
 def test_alpaca_with_a_judge_end_to_end(server, shared_data, tmp_path, monkeypatch, capsys, name):
     """A judge that fails all the time loses no step: its reward is left out, which is said, and the rate is logged."""
     made = server(name)
-    monkeypatch.setattr("rewards.time.sleep", lambda _: None)  # the pauses before calls that are made again
+    monkeypatch.setattr("asyncio.sleep", AsyncMock())  # the pauses before calls that are made again
     flags = ["--judge-url", made.url, "--judge-model", "m", "--judge-scale", 2, "--rewards", "judge=1,token_length=0.1"]
     lines = follow_recipe("alpaca", shared_data, tmp_path, monkeypatch, capsys, "qwen2", True, flags)
     assert len(made.bodies) >= 8

@@ -8,7 +8,8 @@ import pytest
 import grpo
 import sft
 import tasks
-from inference import evaluate, load
+from checkpoints import load
+from inference import evaluate
 
 SAMPLES = 4
 SMALL = {"steps": 16, "batch_size": 24, "num_generations": 12, "eval_every": 100}

@@ -11,13 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import checkpoints
 import grpo
 import inference
+import runs
 import sft
 from grpo import GRPOConfig
-from inference import GaussianPolicy
 from model_toy import Autoencoder, AutoencoderConfig
-from rewards import UserError, closeness, distance, even_adaptive, even_answer, even_bonus, nearest_exact, to_number
+from policy import GaussianPolicy
+from rewards import closeness, distance, even_adaptive, even_answer, even_bonus, nearest_exact, to_number
+from runs import UserError
 from sft import SFTConfig
 from tasks import Example, find_task, odd_even
 
@@ -151,7 +154,7 @@ def test_log_density_entropy_and_kl_are_those_of_torch_distributions():
     torch.testing.assert_close(logp, normal.log_prob(rollout.actions))
     torch.testing.assert_close(entropy, normal.entropy().expand_as(entropy))
     torch.testing.assert_close(rollout.sampler_logp, logp.detach())
-    torch.testing.assert_close(policy.kl(reference, rollout), torch.distributions.kl_divergence(normal, other))
+    torch.testing.assert_close(policy.exact_kl(reference, rollout), torch.distributions.kl_divergence(normal, other))
     assert rollout.actions.shape == (12, 1) and rollout.mask.all() and not rollout.truncated.any()
     assert rollout.texts[5] == f"{rollout.actions[5, 0].item():.4f}"
 
@@ -204,20 +207,20 @@ def test_questions_that_an_autoencoder_cannot_read_are_named():
 
 def test_a_checkpoint_comes_back_and_a_damaged_one_is_named(tmp_path):
     policy = gaussian()
-    inference.save(policy, tmp_path)
-    again = inference.load(tmp_path, CPU, exploration_noise=0.5)
+    checkpoints.save(policy, tmp_path)
+    again = checkpoints.load(tmp_path, CPU, exploration_noise=0.5)
     rollout = policy.sample(SUMS, 2, (0, 1, 0), 8)
     assert torch.equal(again.sample(SUMS, 2, (0, 1, 0), 8).actions, rollout.actions)
-    assert inference.load(tmp_path, CPU, exploration_noise=2.0).exploration_noise == 2
+    assert checkpoints.load(tmp_path, CPU, exploration_noise=2.0).exploration_noise == 2
     config = json.loads((tmp_path / "config.json").read_text())
     for broken in ({"numbers": -1}, {"hidden_size": "big"}, {"bottleneck": 4}, {"numbers": True}):
         (tmp_path / "config.json").write_text(json.dumps(config | broken))
         with pytest.raises(UserError, match=str(tmp_path)):
-            inference.load(tmp_path, CPU)
+            checkpoints.load(tmp_path, CPU)
 
 
 def test_the_wrong_kind_of_policy_is_named(tmp_path, monkeypatch):
-    inference.save(gaussian(numbers=30), tmp_path / "ae")
+    checkpoints.save(gaussian(numbers=30), tmp_path / "ae")
     with pytest.raises(UserError, match="add --policy autoencoder"):
         grpo.train(GRPOConfig(task="odd_even", model=str(tmp_path / "ae"), out=str(tmp_path / "run")))
     with pytest.raises(UserError, match="add --policy autoencoder"):
@@ -241,7 +244,7 @@ def biased(tmp_path_factory):
     return folder
 
 
-def run(biased, out, **more) -> grpo.Run:
+def run(biased, out, **more) -> runs.Run:
     settings = {"task": "odd_even", "policy": "autoencoder", "steps": 60, "eval_every": 20}
     return grpo.train(GRPOConfig(**settings | {"model": str(biased), "out": str(out)} | more))
 
@@ -249,7 +252,7 @@ def run(biased, out, **more) -> grpo.Run:
 def test_a_reward_teaches_the_autoencoder_what_the_data_never_showed(biased, tmp_path):
     """Fine-tuned on odd sums it answers with odd neighbours; GRPO on closeness mends that, the bonus alone does not."""
     task, examples = find_task("odd_even"), odd_even()["validation"]  # so that no failure shows held-out results
-    policy = inference.load(biased, CPU)
+    policy = checkpoints.load(biased, CPU)
     before = inference.evaluate(policy, task, examples, 8)
     assert before["odd_accuracy"] > 0.95 and before["even_accuracy"] < 0.05
     numbers = torch.arange(30)
@@ -270,7 +273,7 @@ def test_the_transformer_fails_on_even_sums_too(tmp_path):
     assert result["odd_accuracy"] - result["even_accuracy"] > 0.4 and result["even_answers"] < 0.1
     settings = {"exploration_noise": 0.2, "steps": 1, "batch_size": 4, "num_generations": 8}
     config = GRPOConfig(task="odd_even", model=str(tmp_path / "base"), out=str(tmp_path / "run"), **settings)
-    assert grpo.train(config).progress.step == 1
+    assert grpo.train(config).position.step == 1
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert line["sampler_gap"] < 1e-4 and line["ratio_max"] == 1
 
@@ -282,11 +285,11 @@ def test_runs_of_the_gaussian_policy_resume_bitwise(biased, tmp_path):
     again = run(biased, tmp_path / "part", steps=6, rewards=mix, eval_every=2, resume=True)
     ours, theirs = whole.policy.model.state_dict(), again.policy.model.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert again.progress.state == whole.progress.state and again.progress.state["even_bonus"] > 0
+    assert again.position.reward_state == whole.position.reward_state and again.position.reward_state["even_bonus"] > 0
     lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert lines[1]["kl"] == 0 and lines[-1]["kl"] > 0 and lines[1]["sampler_gap"] == 0 and lines[1]["ratio_max"] == 1
     assert load_file(tmp_path / "part" / "model.safetensors").keys() == ours.keys()
-    answered = inference.load(tmp_path / "whole", CPU).sample(
+    answered = checkpoints.load(tmp_path / "whole", CPU).sample(
         [Example("What is 7 + 12?")], 1, (0, 0, 0), 8, greedy=True
     )
     assert abs(float(answered.texts[0]) - 19) < 2

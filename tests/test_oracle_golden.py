@@ -15,9 +15,13 @@ import torch
 FILE = Path(__file__).with_name("golden.json")
 sys.path.insert(0, str(FILE.parent.parent))
 
-from grpo import ALGORITHMS, GRPOConfig, update  # noqa: E402
-from inference import TokenPolicy  # noqa: E402
+from steps import update_on  # noqa: E402
+
+from grpo import ALGORITHMS, GRPOConfig  # noqa: E402
 from model_toy import Llama, LlamaConfig, character_tokenizer  # noqa: E402
+from policy import TokenPolicy  # noqa: E402
+
+pytestmark = pytest.mark.math
 
 ROLLOUTS, P, G, LENGTH = 5, 2, 4, 8
 
@@ -53,7 +57,7 @@ def figures(name: str, rollouts: list[dict]) -> dict[str, list[float]]:
             group=torch.arange(P).repeat_interleave(G),
         )
         rewards = torch.tensor(given["rewards"], dtype=torch.float64)
-        metrics = update(policy, reference, optimizer, rollout, rewards, config)
+        metrics = update_on(policy, reference, optimizer, rollout, rewards, config)
         for key, values in results.items():
             values.append(metrics[key])
     weights = torch.cat([weight.detach().flatten() for weight in policy.model.parameters()])

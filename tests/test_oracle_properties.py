@@ -9,21 +9,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from steps import rewards_of, update_on
 
 from grpo import (
     ALGORITHMS,
     GRPOConfig,
-    compute_rewards,
     group_advantages,
     loss_denominator,
     pairwise_advantages,
     policy_loss,
-    update,
 )
-from inference import Rollout, TokenPolicy
+from policy import Rollout, TokenPolicy
 from tasks import Example
 
-SCALES = ("group", "batch", "none", "leave_one_out")
+pytestmark = pytest.mark.math
+
+SCALES = ("group", "batch_std", "centered", "leave_one_out")
 numbers = st.floats(-100, 100, width=32)
 groups = st.integers(2, 9).flatmap(lambda size: st.lists(st.lists(numbers, min_size=size, max_size=size), min_size=1))
 scales = st.sampled_from(SCALES)
@@ -53,7 +54,7 @@ def test_the_scale_of_the_rewards_drops_out_or_stays_to_within_the_eps(rows, sca
     """`none` and `leave_one_out` are linear; the others divide by std + 1e-4: c * s / (c * s + 1e-4) of what it was."""
     rewards = float64(rows)
     before, after = group_advantages(rewards, scale), group_advantages(factor * rewards, scale)
-    if scale in ("none", "leave_one_out"):
+    if scale in ("centered", "leave_one_out"):
         expected = factor * before
     else:
         std = rewards.std(1, keepdim=True) if scale == "group" else rewards.std()
@@ -80,7 +81,7 @@ def test_permutation_within_a_group_permutes_its_advantages(rows, scale, random)
 def test_groups_do_not_see_each_other(rows):
     """But for `batch`, which is meant to."""
     rewards = float64(rows)
-    for scale in ("group", "none", "leave_one_out"):
+    for scale in ("group", "centered", "leave_one_out"):
         alone = torch.cat([group_advantages(row[None], scale) for row in rewards])
         torch.testing.assert_close(group_advantages(rewards, scale), alone, rtol=1e-12, atol=1e-12)
 
@@ -114,7 +115,7 @@ def test_equal_rewards_are_a_flat_group_whatever_they_are_made_of(parts, weight,
         "other": (lambda **_: [0.9 - x for x in swapped], 1.0),
     }
     rollout = SimpleNamespace(texts=[""] * size, completion_ids=[[0]] * size)
-    total, _ = compute_rewards(mix, [Example("?")], rollout, size)
+    total, _ = rewards_of(mix, [Example("?")], rollout)
     for scale in SCALES:
         assert not group_advantages(total, scale).any()
     assert not pairwise_advantages(total, torch.randn(1, size), 2.0).any()
@@ -208,7 +209,7 @@ def updated(world, name: str, rollout: Rollout | None = None, **more) -> torch.T
     rewards = torch.rand(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.01)
     before = torch.cat([p.detach().flatten().clone() for p in policy.model.parameters()])
-    update(policy, reference, optimizer, rollout or sampled, rewards, config)
+    update_on(policy, reference, optimizer, rollout or sampled, rewards, config)
     return torch.cat([p.detach().flatten() for p in policy.model.parameters()]) - before
 
 
@@ -271,5 +272,5 @@ def test_the_first_inner_update_has_ratio_1_for_every_algorithm(world):
         copied.model = copy.deepcopy(policy.model)
         optimizer = torch.optim.SGD(copied.model.parameters(), lr=0.01)
         rewards = torch.rand(3, 4, generator=torch.Generator().manual_seed(0))
-        metrics = update(copied, None, optimizer, rollout, rewards, config)
+        metrics = update_on(copied, None, optimizer, rollout, rewards, config)
         assert metrics["ratio_max"] == 1 and metrics["clip_low"] == metrics["clip_high"] == 0

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from inference import Rollout, TokenPolicy, inverse_cdf, log_distribution, micro_batches, row_uniforms
-from rewards import UserError
+from policy import Rollout, TokenPolicy, inverse_cdf, log_distribution, micro_batches, row_uniforms
+from runs import UserError
 from tasks import Example
 
 # Prompts of 10, 3, 8 and 10 tokens.

@@ -14,14 +14,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
+from steps import rewards_of
 from trl import GRPOConfig as TRLConfig
 from trl import GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.rewards import get_soft_overlong_punishment, think_format_reward
 
 import grpo
 import tasks
-from grpo import ALGORITHMS, Algorithm, compute_rewards, group_advantages, policy_loss
-from inference import save
+from checkpoints import save
+from grpo import ALGORITHMS, Algorithm, group_advantages, policy_loss
 from rewards import answer_exact, answer_format, answer_near, parse_rewards, soft_overlong
 from tasks import Example
 
@@ -109,7 +110,7 @@ def score(policy, rollout, temperature: float) -> torch.Tensor:
 # Name here, loss_type and importance_sampling_level in TRL, and the row or the cells of ours.
 LOSSES = {
     "grpo": ("grpo", "token", ALGORITHMS["grpo"]),
-    "token mean": ("bnpo", "token", Algorithm(aggregate="token")),
+    "token mean": ("bnpo", "token", Algorithm(aggregate="token_mean")),
     "dapo": ("dapo", "token", ALGORITHMS["dapo"]),
     "dr_grpo": ("dr_grpo", "token", ALGORITHMS["dr_grpo"]),
     "cispo": ("cispo", "token", ALGORITHMS["cispo"]),
@@ -177,9 +178,9 @@ def test_loss_and_gradient_are_trls(policies, rollout, trainer, monkeypatch, nam
         assert stats["clip_low"] > 0 and stats["clip_high"] > 0, "the clip must have acted"
 
 
-@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("scale", ["group", "batch_std", "centered"])
 def test_advantages_are_trls(trainer, monkeypatch, scale):
-    monkeypatch.setattr(trainer, "scale_rewards", scale)
+    monkeypatch.setattr(trainer, "scale_rewards", {"batch_std": "batch", "centered": "none"}.get(scale, scale))
     inputs = [{"prompt": prompt, "answer": "5"} for prompt in PROMPTS for _ in range(G)]
     theirs = trainer._generate_and_score_completions(inputs)["advantages"]
     torch.testing.assert_close(group_advantages(REWARDS, scale).flatten(), theirs, rtol=0, atol=1e-6, check_dtype=False)
@@ -212,7 +213,7 @@ def test_trls_reward_functions_run_in_our_loop(random_policy, tmp_path):
     policy.tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     rollout = policy.sample(examples, G, (0, 0, 0), LENGTH)
     rollout.texts[0] = "<think>4-9=-5</think>-30"
-    total, means = compute_rewards(mix, examples, rollout, G)
+    total, means = rewards_of(mix, examples, rollout)
     penalty = [-max(0.0, (length - 6) / 6) for length in rollout.mask.sum(1).tolist()]
     expected = [(i == 0) + 0.5 * value for i, value in enumerate(penalty)]
     assert total.flatten().tolist() == pytest.approx(expected, abs=1e-6) and min(penalty) == -1
@@ -234,9 +235,8 @@ def test_our_reward_functions_run_in_trls_trainer(policies, tmp_path):
     ids = [[0]] * len(inputs)
     theirs = made._calculate_rewards(inputs, [row["prompt"] for row in inputs], TEXTS * 3, ids)
     rollout = SimpleNamespace(texts=TEXTS * 3, completion_ids=ids)
-    ours, _ = compute_rewards(
-        {f.__name__: (f, w) for f, w in zip(functions, (0.2, 0.2, 0.6), strict=True)}, examples, rollout, G
-    )
+    mix = {f.__name__: (f, w) for f, w in zip(functions, (0.2, 0.2, 0.6), strict=True)}
+    ours, _ = rewards_of(mix, examples, rollout)
     weighted = (theirs * torch.tensor([0.2, 0.2, 0.6])).sum(1)
     torch.testing.assert_close(ours.flatten(), weighted, rtol=0, atol=1e-6, check_dtype=False)
     assert ours[0].tolist() == pytest.approx([1.0, 0.4, 0.2, 0.0])

@@ -7,29 +7,24 @@ import math
 import pytest
 import torch
 
-from grpo import (
-    ALGORITHMS,
-    Algorithm,
-    group_advantages,
-    kl_penalty,
-    loss_denominator,
-    policy_loss,
-)
+from grpo import ALGORITHMS, Algorithm, group_advantages, kl_penalty, loss_denominator, policy_loss
 from inference import pass_at_k, wilson
 from rewards import soft_overlong
 
-PLAIN = Algorithm(surrogate="plain", beta=0.0)
+pytestmark = pytest.mark.math
+
+PLAIN = Algorithm(surrogate="reinforce", beta=0.0)
 
 
 # advantage, ratio, surrogate, epsilon, epsilon_high, aggregate, beta, kl_estimator, max_resample, overlong_buffer, s
 TABLE = {
-    "grpo": ("group", "token", "clip", 0.2, 0.2, "sequence", 0.04, "k3", 0, 0.0, 2.0),
-    "dr_grpo": ("none", "token", "clip", 0.2, 0.2, "constant", 0.0, "k3", 0, 0.0, 2.0),
-    "dapo": ("group", "token", "clip", 0.2, 0.28, "token", 0.0, "k3", 3, 0.2, 2.0),
-    "gspo": ("group", "sequence", "clip", 3e-4, 4e-4, "sequence", 0.0, "k3", 0, 0.0, 2.0),
-    "cispo": ("group", "token", "cispo", 1.0, 4.0, "token", 0.0, "k3", 0, 0.0, 2.0),
+    "grpo": ("group", "token", "clip", 0.2, 0.2, "sequence_mean", 0.04, "k3", 0, 0.0, 2.0),
+    "dr_grpo": ("centered", "token", "clip", 0.2, 0.2, "constant", 0.0, "k3", 0, 0.0, 2.0),
+    "dapo": ("group", "token", "clip", 0.2, 0.28, "token_mean", 0.0, "k3", 3, 0.2, 2.0),
+    "gspo": ("group", "sequence", "clip", 3e-4, 4e-4, "sequence_mean", 0.0, "k3", 0, 0.0, 2.0),
+    "cispo": ("group", "token", "cispo", 1.0, 4.0, "token_mean", 0.0, "k3", 0, 0.0, 2.0),
     "rloo": ("leave_one_out", "token", "clip", 0.2, 0.2, "constant", 0.0, "k3", 0, 0.0, 2.0),
-    "pairwise": ("pairwise", "token", "plain", 0.2, 0.2, "sequence", 0.0, "k3", 0, 0.0, 2.0),
+    "pairwise": ("pairwise", "token", "reinforce", 0.2, 0.2, "sequence_mean", 0.0, "k3", 0, 0.0, 2.0),
 }
 
 
@@ -46,8 +41,8 @@ def test_the_rows_of_the_table_are_those_of_the_papers():
         # mean 1/2, deviations +-1/2, unbiased variance 4 * (1/4) / 3 = 1/3
         ("group", 0.5 / (math.sqrt(1 / 3) + 1e-4), -0.5 / (math.sqrt(1 / 3) + 1e-4)),
         # all eight rewards: mean 1/4, unbiased variance (2 * 9/16 + 6 * 1/16) / 7 = 3/14
-        ("batch", 0.5 / (math.sqrt(3 / 14) + 1e-4), -0.5 / (math.sqrt(3 / 14) + 1e-4)),
-        ("none", 0.5, -0.5),
+        ("batch_std", 0.5 / (math.sqrt(3 / 14) + 1e-4), -0.5 / (math.sqrt(3 / 14) + 1e-4)),
+        ("centered", 0.5, -0.5),
         # 1 - (0 + 0 + 1) / 3, and 0 - (1 + 0 + 1) / 3
         ("leave_one_out", 2 / 3, -2 / 3),
     ],
@@ -59,7 +54,7 @@ def test_advantages_by_hand(scale, first, second):
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.1, 0.2 + 0.2 + 0.6, 1e6])
-@pytest.mark.parametrize("scale", ["group", "batch", "none", "leave_one_out"])
+@pytest.mark.parametrize("scale", ["group", "batch_std", "centered", "leave_one_out"])
 def test_flat_group_is_exactly_zero(value, scale):
     # 0.1 seven times has a mean that is not 0.1 in float32: dividing that rounding by the 1e-4 would be visible
     assert torch.equal(group_advantages(torch.full((2, 7), value), scale), torch.zeros(2, 7))
@@ -162,8 +157,8 @@ ROWS_MASK = torch.arange(4) < torch.tensor([[1], [2], [4]])
 @pytest.mark.parametrize(
     ("aggregate", "loss", "weights"),
     [
-        ("sequence", (1 + 2 + 4) / 3, [1 / 3, 1 / 6, 1 / 12]),
-        ("token", (1 * 1 + 2 * 2 + 4 * 4) / 7, [1 / 7] * 3),
+        ("sequence_mean", (1 + 2 + 4) / 3, [1 / 3, 1 / 6, 1 / 12]),
+        ("token_mean", (1 * 1 + 2 * 2 + 4 * 4) / 7, [1 / 7] * 3),
         ("constant", (1 * 1 + 2 * 2 + 4 * 4) / 12, [1 / 12] * 3),
     ],
 )
@@ -178,7 +173,7 @@ def test_aggregates_of_rows_of_1_2_and_4_tokens(aggregate, loss, weights):
 
 def test_denominators_by_hand():
     """Three rows of 7 tokens in all, completions of at most 10 tokens."""
-    assert [loss_denominator(ROWS_MASK, name, 10) for name in ("sequence", "token", "constant")] == [3, 7, 30]
+    assert [loss_denominator(ROWS_MASK, name, 10) for name in ("sequence_mean", "token_mean", "constant")] == [3, 7, 30]
 
 
 def test_loss_at_the_first_update_is_minus_the_mean_advantage_but_its_gradient_is_not_zero():

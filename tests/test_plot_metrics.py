@@ -369,6 +369,23 @@ def test_runs_are_grouped_by_what_differs_but_the_seed(tmp_path):
     assert list(plot_metrics.group_runs(runs[:3])) == names
 
 
+def test_settings_have_their_present_names_whatever_program_made_the_run(tmp_path):
+    """A run with the names of today and one with the names before stand in one group."""
+    old = {"advantage": "none", "surrogate": "plain", "aggregate": "sequence", "ratio": "sequence"}
+    new = {"advantage": "centered", "surrogate": "reinforce", "aggregate": "sequence_mean", "ratio": "sequence"}
+    folders = [write_setting(tmp_path / "old", 0, 0.5, **old), write_setting(tmp_path / "new", 1, 0.5, **new)]
+    old |= {"advantage": "batch", "aggregate": "token"}
+    new |= {"advantage": "batch_std", "aggregate": "token_mean"}
+    folders += [write_setting(tmp_path / "old2", 0, 0.5, **old), write_setting(tmp_path / "new2", 1, 0.5, **new)]
+    groups = plot_metrics.group_runs([plot_metrics.read_run(folder) for folder in folders])
+    assert {name: [run.folder.name for run in runs] for name, runs in groups.items()} == {
+        "advantage centered, aggregate sequence_mean": ["old", "new"],
+        "advantage batch_std, aggregate token_mean": ["old2", "new2"],
+    }
+    unset = plot_metrics.read_run(write_setting(tmp_path / "unset", 0, 0.5, advantage=None, scorer=["none"]))
+    assert (unset.settings["advantage"], unset.settings["scorer"]) == (None, ["none"])
+
+
 def test_the_statistics_of_a_comparison_by_hand(tmp_path):
     """Means 0.6 and 0.7; paired differences 0.1, 0, 0.2: sd 0.1, half an interval 4.303 * 0.1 / sqrt(3)."""
     groups = plot_metrics.group_runs([plot_metrics.read_run(folder) for folder in two_settings(tmp_path)])
@@ -427,12 +444,14 @@ def test_an_unfinished_run_is_no_part_of_the_table(tmp_path):
     assert row["runs"] == 3 and row["reward"] == pytest.approx(0.15)
 
 
-def test_a_task_without_accuracy_is_compared_by_its_reward(tmp_path):
+def test_a_task_without_accuracy_is_compared_by_its_total_reward(tmp_path):
     folders = [write_setting(tmp_path / f"a{i}", i, None, task="alpaca", scorer="a") for i in range(2)]
     folders += [write_setting(tmp_path / f"b{i}", i, None, task="alpaca", scorer="b") for i in range(2)]
     for i, folder in enumerate(folders):
-        last = {"reward": 0.1 * i, "sampled_reward": 0.2 * i}
+        last = {"total_reward": 0.1 * i, "sampled_total_reward": 0.2 * i}
         (folder / "evaluation.json").write_text(json.dumps({"last": last}))
+        with open(folder / "metrics.jsonl", "a") as file:
+            file.write(line(3, validation_sampled_total_reward=0.3))
     groups = plot_metrics.group_runs([plot_metrics.read_run(folder) for folder in folders])
     assert plot_metrics.remarks(groups) == []
     rows = plot_metrics.compare(groups, "scorer a")
@@ -440,11 +459,14 @@ def test_a_task_without_accuracy_is_compared_by_its_reward(tmp_path):
         0.4
     )
     table = plot_metrics.markdown(rows, "scorer a")
-    assert "held-out reward" in table and "| 0.5 ± 0.141 |" in table and "| +0.4 [+0.4, +0.4] |" in table
+    assert "held-out total reward" in table and "| 0.5 ± 0.141 |" in table and "| +0.4 [+0.4, +0.4] |" in table
     for run in groups["scorer b"]:
         run.settings["rewards"] = "perplexity=1"  # which is not measured in the same units
     assert plot_metrics.compare(groups, "scorer a")[1]["pairs"] == 0
-    bars = panel(plot_metrics.comparison_figure(groups), "held-out reward")
+    assert [(row["score"], row["reward"]) for row in rows] == [("total_reward", pytest.approx(0.15))] * 2  # of training
+    figure = plot_metrics.comparison_figure(groups)
+    assert drawn(panel(figure, "validation total reward")) == [([3], [0.3])] * 2
+    bars = panel(figure, "held-out total reward")
     assert [patch.get_height() for patch in bars.patches] == pytest.approx([0.1, 0.5])
 
 
@@ -497,3 +519,11 @@ def test_bars_and_scatter_show_the_runs(tmp_path):
     end = next(line for line in scatter.lines if line.get_label() == "rloo")
     smooth = plot_metrics.ema(np.array([0.1, 0.2]), 0.6)[1]
     assert (float(end.get_xdata()[0]), float(end.get_ydata()[0])) == pytest.approx((smooth, smooth))
+
+
+def test_more_settings_than_colours_are_told_apart(tmp_path):
+    folders = [write_setting(tmp_path / str(i), 0, 0.5, beta=i) for i in range(17)]
+    with matplotlib.style.context(["default", plot_metrics.STYLE]):
+        groups = plot_metrics.group_runs([plot_metrics.read_run(folder) for folder in folders])
+        lines = panel(plot_metrics.comparison_figure(groups), "reward").lines
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 17

@@ -4,20 +4,26 @@ import contextlib
 import dataclasses
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from steps import rewards_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+import checkpoints
 import grpo
 import inference
+import rewards
+import runs
 import sft
-from inference import load
-from model_toy import HubModel, Llama
-from rewards import UserError
+from checkpoints import HubModel, load
+from model_toy import Llama
+from policy import frozen
+from runs import UserError
 from tasks import Example, find_task
 
 CPU = torch.device("cpu")
@@ -130,7 +136,7 @@ def test_gradients_are_transformers(pair):
 
 def test_a_saved_policy_opens_in_transformers_and_here_again(pair, tmp_path):
     policy, reference = pair
-    inference.save(policy, tmp_path)
+    checkpoints.save(policy, tmp_path)
     ids = torch.tensor([[5, 6, 7, 8, 9]])
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     with torch.no_grad():
@@ -201,7 +207,7 @@ def test_questions_that_do_not_fit_are_left_out_or_named(tmp_path, capsys):
     short, long = Example("What is 17"), Example("What is 17 times 3? " * 10)
     assert policy.fitting({"train": [short, long, short]}, 8) == {"train": [short, short]}
     assert "train: 1 of 3 left out" in capsys.readouterr().out
-    with pytest.raises(UserError, match="--max-new-tokens is 8"):
+    with pytest.raises(UserError, match="--max-new-tokens 8"):
         policy.fitting({"train": [long]}, 8)
     with pytest.raises(UserError, match="do not fit into the model's 24"):
         policy.sample([long], 1, (0, 0, 0), 8)
@@ -256,7 +262,7 @@ def test_a_reference_in_bfloat16_stays_near_the_policy(tmp_path, kind):
     write_checkpoint(tmp_path, kind)
     policy = load(tmp_path, CPU, "bfloat16")
     policy.end_ids = [303]
-    reference = grpo.frozen(policy)
+    reference = frozen(policy)
     assert {weight.dtype for weight in reference.model.parameters()} == {torch.bfloat16}
     rollout = policy.pack(
         [[5, 6, 7]], [torch.randint(300, (900,), generator=torch.Generator().manual_seed(0)).tolist()], [""]
@@ -325,9 +331,9 @@ CHATML = (
 
 def command(monkeypatch, module, *words) -> None:
     monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, words)])
-    monkeypatch.setattr(inference.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(runs.signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit) as stopped:
-        inference.run_main(module.main)
+        runs.run_main(module.main)
     assert not stopped.value.code
 
 
@@ -427,7 +433,7 @@ def test_the_dry_run_counts_what_is_there_and_writes_nothing(shared_data, tmp_pa
     policy = load(tmp_path / "base", CPU)
     count = sum(weight.numel() for weight in policy.model.parameters())
     settings = {"micro_batch_tokens": 1000, "inner_updates": 2, "reference": True, "device": CPU}
-    plan = inference.plan(policy, 8, 2, 10, 20, **settings)
+    plan = checkpoints.plan(policy, 8, 2, 10, 20, **settings)
     size = {name: number for name, (number, _) in plan.parts.items()}
     assert size["weights"] == size["gradients"] == size["reference"] == 4 * count and size["optimizer"] == 8 * count
     rollout = policy.sample([Example("12")] * 2, 4, (0, 0, 0), 20)
@@ -437,7 +443,7 @@ def test_the_dry_run_counts_what_is_there_and_writes_nothing(shared_data, tmp_pa
     assert size["cache"] == token * 8 * (10 + 20)
     assert plan.operations == count * (2 * 10 + 8 * 20) * (2 + 2 + 2 * 6)
     policy.model.checkpointing = True
-    assert inference.plan(policy, 8, 2, 10, 20, **settings).peak < plan.peak
+    assert checkpoints.plan(policy, 8, 2, 10, 20, **settings).peak < plan.peak
     small = dataclasses.replace(plan, device_bytes=plan.peak - 1)
     assert "does not fit" in small.table() and "does not fit" not in plan.table()
 
@@ -455,6 +461,14 @@ def test_the_dry_run_needs_no_weights(shared_data, tmp_path, monkeypatch, capsys
     assert "weights" in capsys.readouterr().out
 
 
+def make_scorer(policy, same_tokens: bool):
+    """The scorer of a policy that is given, or of one that --scorer would name."""
+    config = SimpleNamespace(scorer=None if same_tokens else "named", micro_batch_tokens=64, dtype="float32")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inference, "load", lambda *_: policy)
+        return inference.make_scorer(config, policy)
+
+
 def test_the_scorer_is_the_policy_at_the_start_or_another_model(tmp_path):
     """Mean log-probabilities at temperature 1, of the sampled ids or of the text as the other model's tokens."""
     write_checkpoint(tmp_path / "a", "qwen2")
@@ -462,10 +476,10 @@ def test_the_scorer_is_the_policy_at_the_start_or_another_model(tmp_path):
     policy, other = load(tmp_path / "a", CPU, temperature=2.0), load(tmp_path / "b", CPU)
     rollout = policy.sample(EXAMPLES, 2, (0, 0, 0), 6)
     rows = [example for example in EXAMPLES for _ in range(2)]
-    mix = grpo.parse_rewards("perplexity=1")
+    mix = rewards.parse_rewards("perplexity=1")
     for scorer, same in ((policy, True), (other, False)):
-        inputs = {"scorer": grpo.frozen_scorer(scorer, 64, same)}
-        total, _ = grpo.compute_rewards(mix, EXAMPLES, rollout, 2, inputs)
+        inputs = {"scorer": make_scorer(scorer, same)}
+        total, _ = rewards_of(mix, EXAMPLES, rollout, **inputs)
         ids = rollout.completion_ids if same else scorer.tokenizer(rollout.texts).input_ids
         packed = scorer.pack(scorer.encode([example.prompt for example in rows]), ids, rollout.texts)
         with torch.no_grad():

@@ -12,7 +12,6 @@ import pytest
 
 import rewards
 from rewards import (
-    UserError,
     answer_exact,
     answer_format,
     answer_last,
@@ -31,6 +30,7 @@ from rewards import (
     think_format,
     token_length,
 )
+from runs import UserError
 from tasks import Example
 
 # (completion, answer_format, answer_near, answer_exact), the right answer being 5

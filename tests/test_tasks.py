@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pyarrow.parquet
 import pytest
 
-from rewards import UserError, answer_exact, answer_format, answer_last, boxed_format
+from rewards import answer_exact, answer_format, answer_last, boxed_format
+from runs import UserError
 from tasks import (
     TASKS,
     Example,

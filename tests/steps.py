@@ -1,0 +1,21 @@
+"""Steps (3) to (6) on a rollout that a test or a benchmark has made, as `train_step` takes them."""
+
+import torch
+
+from grpo import GRPOConfig, group_advantages, update
+from policy import Policy, Rollout, score
+from rewards import Rewards
+
+
+def update_on(
+    policy: Policy, reference: Policy | None, optimizer, rollout: Rollout, rewards: torch.Tensor, config: GRPOConfig
+) -> dict[str, float]:
+    """Advantages of rewards (P, G), the reference's log-probabilities, and the inner updates; returns the metrics."""
+    advantages = group_advantages(rewards.to(policy.device), config.resolved_algorithm.advantage)
+    ref_logp = score(reference, rollout, config.micro_batch_tokens) if reference else None
+    return update(policy, reference, optimizer, rollout, advantages, ref_logp, config)
+
+
+def rewards_of(mix: dict, examples: list, rollout: Rollout, **inputs) -> tuple[torch.Tensor, dict[str, float]]:
+    """Total rewards (P, G) and metrics of a mix {name: (function, weight)}."""
+    return Rewards(mix, inputs)(examples, rollout, {})

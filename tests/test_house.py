@@ -1,0 +1,51 @@
+"""The house as it is drawn: a file imports only files below it, and files and functions keep to their size."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FLOORS = {  # file: its floor, the most lines it may have
+    "grpo.py": (8, 480),
+    "sft.py": (7, 200),
+    "inference.py": (6, 380),
+    "checkpoints.py": (5, 400),
+    "policy.py": (4, 500),
+    "tasks.py": (3, 420),
+    "rewards.py": (2, 520),
+    "runs.py": (1, 450),
+    "model_toy.py": (1, 400),
+    "plot_metrics.py": (1, 450),
+}
+
+
+def test_every_file_has_a_floor():
+    assert {path.name for path in ROOT.glob("*.py")} == set(FLOORS)
+
+
+@pytest.mark.parametrize("name", FLOORS)
+def test_a_file_imports_only_files_below_it(name):
+    tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    ours = {f"{module}.py" for module in imported} & set(FLOORS)
+    assert [other for other in ours if FLOORS[other][0] >= FLOORS[name][0]] == []
+
+
+@pytest.mark.parametrize("name", FLOORS)
+def test_a_file_and_its_functions_keep_to_their_size(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= FLOORS[name][1]
+    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    assert {f.name: f.end_lineno - f.lineno + 1 for f in functions if f.end_lineno - f.lineno >= 50} == {}
+
+
+def test_the_mathematics_is_one_page():
+    """From the first formula of grpo.py to the table of algorithms, with nothing else between."""
+    tree = ast.parse((ROOT / "grpo.py").read_text(encoding="utf-8"))
+    page = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    names = [node.name for node in page]
+    last = names.index("Algorithm") - 1
+    assert {"group_advantages", "kl_penalty", "surrogate", "policy_loss"} <= set(names[: last + 1])
+    assert page[last].end_lineno - page[0].lineno < 160
