@@ -24,7 +24,6 @@ Rewards and advantages are (P, G) until the loss; log-probabilities are (B, T), 
 import copy
 import dataclasses
 import math
-import shlex
 import statistics
 import time
 from collections import Counter
@@ -38,7 +37,7 @@ import plot_metrics
 import runs
 import sft
 from checkpoints import choose_device, dry_run, load, open_policy, save
-from inference import evaluate, make_scorer, measure_rollout, results_table, show_number
+from inference import evaluate, make_scorer, measure_rollout, next_commands, results_table, show_number
 from policy import Policy, Rollout, frozen, join, mean_log_probs, micro_batches, score
 from rewards import Rewards, RewardSettings, soft_overlong
 from runs import Run, RunSettings, UserError, option, out_of_memory
@@ -444,17 +443,7 @@ def report(run: GRPORun) -> None:
     print(results_table({f"{name} (step {result['step']})": result for name, result in results.items()}))
     figures = plot_metrics.plot([out], out)
     print(f"\nbest checkpoint and metrics: {out}   figures: {', '.join(map(str, figures))}")
-    start = config.model or str(out / "base")
-    asked = [run.data["held_out"][0].question, *(["--task", config.task] if config.task != "arithmetic" else [])]
-    again = ["--task", config.task, "--model", start, "--out", "another_run", "--algorithm", "dr_grpo"]
-    for name in ("data", "policy", "rewards", "judge_url"):
-        value = getattr(config, name)
-        if value not in (None, "transformer", run.task.rewards):
-            again += [runs.flag_of(name), value]
-    print(f"""Next:
-  python inference.py {shlex.join(asked)} --model {config.out}
-  python inference.py {shlex.join(asked)} --model {start} {config.out} --samples 4
-  python grpo.py {shlex.join(again)}""")
+    print(next_commands(config, run.data["held_out"][0].question, config.model or str(out / "base")))
 
 
 @dataclass(frozen=True)
@@ -526,7 +515,11 @@ def prepare(config: GRPOConfig) -> GRPORun:
     if policy is None and not (config.resume or config.overwrite) and (out / "base").exists():
         raise UserError(f"--out: {str(out / 'base')!r} exists; start from it with --model, or give --overwrite")
     runs.start_run(config, algorithm=dataclasses.asdict(algorithm))
-    introduce(config)
+    if policy is None and not config.resume:
+        print(f"no --model: first a toy base policy, fine-tuned into {out / 'base'}, about two minutes on two cores")
+    completions = f"{config.batch_size} x {config.num_generations} completions"
+    print(f"{config.steps} steps on {config.task}, each of {completions} (a second or less for a toy), into {out}")
+    print(f"{config.algorithm}: {algorithm}")
     policy = policy or load(sft.toy(config), device, config.dtype, **sampling)
     policy.model.checkpointing = config.gradient_checkpointing
     data = policy.fitting(data, config.max_new_tokens)
@@ -542,17 +535,6 @@ def prepare(config: GRPOConfig) -> GRPORun:
         before = measure(run, policy, "held_out", samples=4)
         runs.write_json(out / "evaluation.json", {"base": {"step": 0, **before}})
     return run
-
-
-def introduce(config: GRPOConfig) -> None:
-    """Say in a few lines what a run will do, and roughly how long that takes."""
-    if config.model is None and not config.resume:
-        print(f"no --model: first a toy base policy, fine-tuned into {config.out}/base, about two minutes on two cores")
-    completions = f"{config.batch_size} x {config.num_generations} completions"
-    print(
-        f"GRPO on {config.task} into {config.out}: {config.steps} steps of {completions}; a toy takes a second a step"
-    )
-    print(f"{config.algorithm}: {config.resolved_algorithm}")
 
 
 EXAMPLES = """the commonest:

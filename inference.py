@@ -7,6 +7,7 @@ python inference.py --eval --model saved_model/base saved_model
 import copy
 import functools
 import math
+import shlex
 import statistics
 import sys
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from runs import (
     UserError,
     append_json,
     check_settings,
+    flag_of,
     option,
     out_of_memory,
     parser_for,
@@ -271,6 +273,21 @@ def results_table(results: dict[str, dict[str, float]]) -> str:
     widths = [max(map(len, column)) for column in columns]
     lines = zip(*columns, strict=True)
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
+def next_commands(config, question: str, start: str) -> str:
+    """What to try after a run of grpo.py: ask its policy, ask the one it started from beside it, another algorithm."""
+    task = find_task(config.task)
+    asked = [printable(question), *(["--task", task.name] if task.name != "arithmetic" else [])]
+    again = ["--task", task.name, "--model", start, "--out", "another_run", "--algorithm", "dr_grpo"]
+    for name in ("data", "policy", "rewards", "judge_url"):
+        value = getattr(config, name)
+        if value not in (None, "transformer", task.rewards):
+            again += [flag_of(name), value]
+    return f"""Next:
+  python inference.py {shlex.join(asked)} --model {config.out}
+  python inference.py {shlex.join(asked)} --model {start} {config.out} --samples 4
+  python grpo.py {shlex.join(again)}"""
 
 
 EXAMPLES = """the commonest:

@@ -14,14 +14,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from model_toy import Autoencoder, Llama
 from rewards import to_number
 from runs import UserError, printable
 from tasks import Example
-
-Key = Sequence[int]  # (seed, step, draw): names the random numbers of a rollout
 
 
 @dataclass
@@ -67,17 +66,15 @@ class Rollout:
 def join(rollouts: Sequence[Rollout]) -> Rollout:
     """One rollout of several, padded to the widest."""
 
-    def widen(name: str, left: bool) -> torch.Tensor:
+    def stack(name: str, left: bool = False) -> torch.Tensor:
         tensors = [getattr(rollout, name) for rollout in rollouts]
-        width = max(tensor.shape[1] for tensor in tensors)
-        gaps = [width - tensor.shape[1] for tensor in tensors]
-        sides = [(gap, 0) if left else (0, gap) for gap in gaps]
-        return torch.cat([torch.nn.functional.pad(t, side) for t, side in zip(tensors, sides, strict=True)])
+        gaps = [max(tensor.shape[1] for tensor in tensors) - tensor.shape[1] for tensor in tensors]
+        return torch.cat([F.pad(x, (gap, 0) if left else (0, gap)) for x, gap in zip(tensors, gaps, strict=True)])
 
     starts = np.cumsum([0] + [len(rollout.prompts) for rollout in rollouts]).tolist()
     return Rollout(
-        **{name: widen(name, left=True) for name in ("prompts", "prompt_mask")},
-        **{name: widen(name, left=False) for name in ("actions", "mask", "sampler_logp")},
+        **{name: stack(name, left=True) for name in ("prompts", "prompt_mask")},
+        **{name: stack(name) for name in ("actions", "mask", "sampler_logp")},
         group=torch.cat([rollout.group + start for rollout, start in zip(rollouts, starts, strict=False)]),
         truncated=torch.cat([rollout.truncated for rollout in rollouts]),
         texts=[text for rollout in rollouts for text in rollout.texts],
@@ -112,7 +109,7 @@ def micro_batches(rollout: Rollout, token_budget: int) -> list[torch.Tensor]:
     return [torch.tensor(sorted(rows), device=rollout.mask.device) for rows in batches]
 
 
-def row_uniforms(key: Key, prompts: Sequence[int], group_size: int, length: int) -> torch.Tensor:
+def row_uniforms(key: Sequence[int], prompts: Sequence[int], group_size: int, length: int) -> torch.Tensor:
     """Uniforms (B, T) float64 in the open interval (0, 1), a Philox stream per row: key is (seed, step, draw).
 
     A row's numbers follow from its own coordinates alone, so nothing else in the batch can change them.
@@ -241,7 +238,7 @@ class TokenPolicy:
         ).to(self.device)
 
     def sample(
-        self, examples: list[Example], group_size: int, key: Key, max_new_tokens: int,
+        self, examples: list[Example], group_size: int, key: Sequence[int], max_new_tokens: int,
         greedy: bool = False, first: int = 0, explore: bool = True,
     ) -> Rollout:  # fmt: skip
         """Draw `group_size` completions of each example; key is (seed, step, draw), `first` the first prompt's number.
@@ -445,7 +442,7 @@ class GaussianPolicy:
 
     @torch.no_grad()
     def sample(
-        self, examples: list[Example], group_size: int, key: Key, max_new_tokens: int,
+        self, examples: list[Example], group_size: int, key: Sequence[int], max_new_tokens: int,
         greedy: bool = False, first: int = 0, explore: bool = True,
     ) -> Rollout:  # fmt: skip
         """Draw `group_size` numbers for each example by inverse CDF, as in `TokenPolicy.sample`; greedy is the mean.

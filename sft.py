@@ -112,25 +112,15 @@ class SFTConfig(RunSettings):
     """Settings of sft.py."""
 
     task: Literal[*TASKS] = option("arithmetic", "Task whose demonstrations are learned.", "model and data")
-    worked: float | None = option(
-        None, "Arithmetic: share of demonstrations that show their working. Default: 0.3.", "model and data", at_most=1
-    )
-    wrong: float | None = option(
-        None, "Arithmetic: share of the others that stop after one step. Default: 0.95.", "model and data", at_most=1
-    )
-    copies: int | None = option(
-        None, "Arithmetic: demonstrations of each problem. Default: 8.", "model and data", above_zero=True
-    )
+    worked: float | None = option(None, "Arithmetic: share with working. Default: 0.3.", "model and data", at_most=1)
+    wrong: float | None = option(None, "Arithmetic: share of others wrong. Default: 0.95.", "model and data", at_most=1)
+    copies: int | None = option(None, "Arithmetic: so many a problem. Default: 8.", "model and data", above_zero=True)
     even_data_ratio: float | None = option(
         None, "Odd_even: share of the even sums that are demonstrated. Default: 0.", "model and data", at_most=1
     )
-    out: str = option("sft_model", "Folder of checkpoint, metrics and states.", "run folder")
     batch_size: int = option(64, "Demonstrations in one optimizer step.", "algorithm", above_zero=True)
     learning_rate: float | None = option(
-        None,
-        "Peak rate of AdamW, then down to 0. Default: 1.5e-3; 1e-3 for an autoencoder.",
-        "algorithm",
-        above_zero=True,
+        None, "Peak rate, falling to 0. Default: 1.5e-3; 1e-3 for an autoencoder.", "algorithm", above_zero=True
     )
     warmup_steps: int = option(40, "Steps in which the learning rate rises from 0.", "algorithm")
     weight_decay: float = option(0.01, "Weight decay of AdamW.", "algorithm")
@@ -138,13 +128,11 @@ class SFTConfig(RunSettings):
         8192, "Most tokens in one pass; changes no gradient.", "memory and device", above_zero=True, may_change=True
     )
     epochs: float | None = option(
-        None, "Passes over the demonstrations. Default: the task's; three times that for an autoencoder.", "how long",
-        above_zero=True, may_change=False,
-    )  # fmt: skip
-    eval_every: int = option(
-        1000, "Measure the loss on validation problems every so many steps.", "how long", above_zero=True
+        None, "Passes over the demonstrations. Default: the task's.", "how long", above_zero=True, may_change=False
     )
+    eval_every: int = option(1000, "Measure the validation loss every so many steps.", "how long", above_zero=True)
     save_every: int = option(1000, "Save a state to resume from every so many steps.", "run folder", above_zero=True)
+    out: str = option("sft_model", "Checkpoint, metrics and states.", "run folder")
 
 
 def new_policy(texts: list[str], seed: int, device: torch.device, kind: str = "transformer") -> Policy:

@@ -53,6 +53,22 @@ def test_advantages_by_hand(scale, first, second):
     assert torch.equal(advantages[1], torch.zeros(4))
 
 
+def test_the_batch_mean_is_the_one_baseline_that_is_not_the_groups():
+    advantages = group_advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0]]), "batch_mean")
+    assert advantages.tolist() == [[0.75, -0.25, -0.25, 0.75], [-0.25] * 4]  # a flat group is not 0
+    assert group_advantages(torch.tensor([[1.0], [0.0]]), "batch_mean").tolist() == [
+        [0.5],
+        [-0.5],
+    ]  # nor G = 1 an error
+
+
+def test_pairwise_marks_winners_and_losers():
+    rewards = torch.tensor([[3.0, 1.0, 3.0, 2.0], [2.0, 2.0, 2.0, 2.0]])
+    assert group_advantages(rewards, "pairwise").tolist() == [[1.0, -1.0, 1.0, -1.0], [0.0] * 4]
+    with pytest.raises(ValueError, match="no scale 'none'"):
+        group_advantages(rewards, "none")
+
+
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.1, 0.2 + 0.2 + 0.6, 1e6])
 @pytest.mark.parametrize("scale", ["group", "batch_std", "centered", "leave_one_out"])
 def test_flat_group_is_exactly_zero(value, scale):
