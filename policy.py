@@ -202,9 +202,9 @@ class TokenPolicy:
         for name, examples in splits.items():
             lengths = map(len, self.encode([example.prompt for example in examples]))
             kept[name] = [example for example, length in zip(examples, lengths, strict=True) if length <= room]
-            out = len(examples) - len(kept[name])
-            if out:
-                print(f"{name}: {out} of {len(examples)} left out, their questions have more than {room} tokens")
+            if len(kept[name]) < len(examples):
+                out = f"{len(examples) - len(kept[name])} of {len(examples)} left out"
+                print(f"{name}: {out}, their questions have more than {room} tokens")
             if not kept[name]:
                 raise UserError(f"--max-new-tokens {max_new_tokens} leaves no room for any question; lower it")
         return kept

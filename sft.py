@@ -59,28 +59,25 @@ def batches(count: int, size: int, steps: int, seed: int) -> Iterator[np.ndarray
 
 @dataclass(kw_only=True)
 class SFTRun(Run):
-    """A run of fine-tuning: the demonstrations, as columns for `pack`, and the rows of the batches that are left."""
+    """A run of fine-tuning, with the demonstrations as columns for `pack`."""
 
     name = "sft"
     shown = ("loss",)
 
     demonstrations: tuple[list, list, list]
     validation: Rollout
-    rows: Iterator[np.ndarray]
-    tokens: int = 0  # learned since `start`
-    start: float = 0.0
+    rows: Iterator[np.ndarray]  # of the batches that are left
 
 
 def train_step(run: SFTRun, step: int) -> dict[str, float]:
     """One optimizer step on the next batch; returns what was measured."""
-    config, rows = run.config, next(run.rows)
+    config, rows, start = run.config, next(run.rows), time.perf_counter()
     batch = run.policy.pack(*([column[i] for i in rows] for column in run.demonstrations))
     rate = run.optimizer.param_groups[0]["lr"] = learning_rate_at(config, step, run.last_step)
     with out_of_memory("--micro-batch-tokens"):
         loss = cross_entropy(run.policy, batch, config.micro_batch_tokens, learn=True)
     norm = runs.descend(run.optimizer, loss, config.clip_grad_norm)
-    run.tokens += int(batch.mask.sum())
-    speed = run.tokens / (time.perf_counter() - run.start)
+    speed = int(batch.mask.sum()) / (time.perf_counter() - start)
     return {"loss": loss, "grad_norm": norm, "tokens_per_second": speed, "learning_rate": rate}
 
 
@@ -97,7 +94,6 @@ def train(config: "SFTConfig") -> Policy:
     """Learn the task's demonstrations, save the policy as it is at the end in `config.out`, and return it."""
     run = prepare(config)
     with run:
-        run.start = time.perf_counter()
         for step in run.steps():
             metrics = train_step(run, step)
             if run.is_due(step, run.config.eval_every):

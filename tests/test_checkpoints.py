@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from checkpoints import choose_device, load, save
 from model_toy import character_tokenizer
@@ -160,3 +160,20 @@ def test_choose_device():
     assert choose_device("cpu") == CPU
     with pytest.raises(UserError, match="--device"):
         choose_device("abacus")
+
+
+def test_loading_draws_no_random_weights_and_ties_what_is_tied(random_policy, tmp_path):
+    save(random_policy(), tmp_path)
+    before = torch.get_rng_state()
+    model = load(tmp_path, CPU).model
+    assert torch.equal(torch.get_rng_state(), before)
+    assert {x.device.type for x in (*model.parameters(), *model.buffers())} == {"cpu"}
+    assert {x.dtype for x in model.parameters()} == {torch.float32} and all(x.requires_grad for x in model.parameters())
+
+
+def test_weights_in_half_precision_are_loaded_as_float32(random_policy, tmp_path):
+    save(random_policy(), tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({name: x.bfloat16() for name, x in weights.items()}, tmp_path / "model.safetensors")
+    for name, x in load(tmp_path, CPU).model.weights().items():
+        assert x.dtype == torch.float32 and torch.equal(x, weights[name].bfloat16().float())

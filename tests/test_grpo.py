@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -493,6 +494,42 @@ def test_mistakes_are_one_line_and_status_2(arguments, words, tmp_path, monkeypa
     assert stopped.value.code == 2 and errors.count("\n") == 1, errors
     assert all(word in errors for word in ("error", *words)), errors
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_begins_with_what_it_will_do(base, tmp_path, small_task, capsys, monkeypatch):
+    grpo.prepare(settings(base, tmp_path / "run", steps=7))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("7 steps on arithmetic, each of 3 x 4 completions") and str(tmp_path / "run") in lines[0]
+    assert lines[1] == f"grpo: {GRPO}" and "advantage group, ratio token, surrogate clip, epsilon 0.2" in lines[1]
+    monkeypatch.setattr(grpo.sft, "toy", lambda config: base)
+    grpo.prepare(dataclasses.replace(settings(base, tmp_path / "new"), model=None))
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith(f"no --model: first a toy base policy, fine-tuned into {tmp_path / 'new' / 'base'}, about")
+
+
+def test_a_row_shows_what_it_reads():
+    assert str(ALGORITHMS["pairwise"]) == (
+        "advantage pairwise, ratio token, surrogate reinforce, aggregate sequence_mean, preference strength 2.0"
+    )
+    assert "max resample 3, overlong buffer 0.2" in str(ALGORITHMS["dapo"]) and "kl" not in str(ALGORITHMS["dapo"])
+
+
+def test_a_single_completion_is_enough_where_the_baseline_is_the_batchs(base, tmp_path, small_task):
+    with pytest.raises(UserError, match="at least 2"):
+        GRPOConfig(num_generations=1)
+    run = grpo.train(settings(base, tmp_path / "run", num_generations=1, advantage="batch_mean", steps=1))
+    assert not same(weights_of(run), load_file(base / "model.safetensors"))
+
+
+def test_what_to_try_next_is_safe_to_paste_and_keeps_what_the_run_needs(base, tmp_path):
+    config = settings(base, tmp_path / "run", task="smoltldr", data="my file.jsonl")
+    text = inference.next_commands(config, "What?\x1b[2J'; rm -rf x", "start")
+    first, _, last = text.splitlines()[1:]
+    assert shlex.split(first)[:4] == ["python", "inference.py", "What?\\x1b[2J'; rm -rf x", "--task"]
+    assert shlex.split(last)[2:] == [
+        *("--task", "smoltldr", "--model", "start", "--out", "another_run", "--algorithm", "dr_grpo"),
+        *("--data", "my file.jsonl", "--rewards", config.rewards),
+    ]
 
 
 def test_a_run_is_not_overwritten(base, tmp_path):

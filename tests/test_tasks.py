@@ -355,3 +355,10 @@ def test_from_the_hub_come_all_parts_of_a_source(name, monkeypatch):
     splits = find_task(name).load()
     assert sum(map(len, splits.values())) == 20 * len(calls) and len({hub for hub, _, _ in calls}) == 1
     assert len(calls) == {"math": 14, "gsm8k": 2, "smoltldr": 2}.get(name, 1)
+
+
+@pytest.mark.parametrize("name", ["arithmetic", "odd_even"])
+def test_a_limit_takes_the_first_of_each_split_of_every_task(name):
+    task = find_task(name)
+    whole, few = load_task(task, False), load_task(task, False, 3)
+    assert few == {split: examples[:3] for split, examples in whole.items()}
