@@ -33,11 +33,10 @@ from typing import Literal
 
 import torch
 
-import plot_metrics
 import runs
 import sft
 from checkpoints import choose_device, dry_run, load, open_policy, save
-from inference import evaluate, make_scorer, measure_rollout, next_commands, results_table, show_number
+from inference import evaluate_run, make_scorer, measure_rollout, report, show_number
 from policy import Policy, Rollout, frozen, join, mean_log_probs, micro_batches, score
 from rewards import Rewards, RewardSettings, soft_overlong
 from runs import Run, RunSettings, UserError, option, out_of_memory
@@ -398,14 +397,6 @@ def train(config: "GRPOConfig") -> GRPORun:
     return run
 
 
-def measure(run: GRPORun, policy: Policy, split: str, samples: int, seed: int = 0) -> dict[str, float]:
-    """Evaluate a policy on a split, as many rows at once as a step samples; raises UserError."""
-    config = run.config
-    rows = config.batch_size * config.num_generations
-    with out_of_memory("--batch-size, --num-generations or --max-new-tokens"):
-        return evaluate(policy, run.scored_task, run.data[split], config.max_new_tokens, samples, seed, rows)
-
-
 def validate(run: GRPORun, step: int) -> dict[str, float]:
     """Evaluate on the validation problems, keep the best checkpoint, and show the same three questions each time.
 
@@ -413,7 +404,7 @@ def validate(run: GRPORun, step: int) -> dict[str, float]:
     has made up its mind.
     """
     config, examples, name = run.config, run.data["validation"][:3], run.scored_task.score
-    result = measure(run, run.policy, "validation", samples=2, seed=config.seed)
+    result = evaluate_run(run, run.policy, "validation", samples=2, seed=config.seed)
     score = result.get(f"sampled_{name}", -math.inf)
     if run.note_score(step, score):
         save(run.policy, run.out)
@@ -426,24 +417,6 @@ def validate(run: GRPORun, step: int) -> dict[str, float]:
         runs.append_json(run.out / "samples.jsonl", line)
         run.say(f"  {runs.printable(example.question)}  {runs.printable(text)}  reward {reward:.1f}")
     return {f"validation_{name}": value for name, value in result.items()}
-
-
-def report(run: GRPORun) -> None:
-    """Evaluate on the held-out problems, print before and after, draw the figures, say what to try next."""
-    config, position, out = run.config, run.position, run.out
-    results = runs.read_json(out / "evaluation.json")
-    last = {"step": position.step, **measure(run, run.policy, "held_out", samples=4)}
-    best = last
-    if position.best_step != position.step:
-        policy = load(out, run.policy.device, config.dtype, config.temperature, config.exploration_noise)
-        best = {"step": position.best_step, **measure(run, policy, "held_out", samples=4)}
-    results |= {"best": best, "last": last}
-    runs.write_json(out / "evaluation.json", results)
-    print(f"\n{len(run.data['held_out'])} held-out problems, before and after (95 % intervals):")
-    print(results_table({f"{name} (step {result['step']})": result for name, result in results.items()}))
-    figures = plot_metrics.plot([out], out)
-    print(f"\nbest checkpoint and metrics: {out}   figures: {', '.join(map(str, figures))}")
-    print(next_commands(config, run.data["held_out"][0].question, config.model or str(out / "base")))
 
 
 @dataclass(frozen=True)
@@ -460,7 +433,7 @@ class GRPOConfig(runs.optional_fields(Algorithm, "Default: the algorithm's."), R
     ref_update_every: int | None = option(
         None, "The policy becomes the reference every so many steps. Default: never.", "algorithm", above_zero=True
     )
-    temperature: float = option(1.0, "Of the policy and of the reference alike.", "sampling")
+    temperature: float = option(1.0, "Of the policy and of the reference alike.", "sampling", at_least=0.001)
     exploration_noise: float | None = option(
         None, "Share of uniform noise in the policy; an autoencoder's sigma. Default: 0, and 0.5.", "sampling"
     )
@@ -477,8 +450,6 @@ class GRPOConfig(runs.optional_fields(Algorithm, "Default: the algorithm's."), R
         row = self.resolved_algorithm
         if self.num_generations < 2 and row.advantage != "batch_mean":
             raise UserError(f"--num-generations is {self.num_generations}; a group needs at least 2 to be compared")
-        if not self.temperature >= 1e-3:
-            raise UserError(f"--temperature is {self.temperature}; it must be 0.001 or above")
         if self.policy == "autoencoder" and self.exploration_noise == 0:
             raise UserError("--exploration-noise is the autoencoder's standard deviation; it must be above 0")
         if self.policy == "transformer" and (self.exploration_noise or 0.0) >= 1:
@@ -532,7 +503,7 @@ def prepare(config: GRPOConfig) -> GRPORun:
     )  # fmt: skip
     run.restore()
     if run.position.best_step is None:
-        before = measure(run, policy, "held_out", samples=4)
+        before = evaluate_run(run, policy, "held_out", samples=4)
         runs.write_json(out / "evaluation.json", {"base": {"step": 0, **before}})
     return run
 

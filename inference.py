@@ -30,6 +30,7 @@ from runs import (
     out_of_memory,
     parser_for,
     printable,
+    read_json,
     run_main,
     write_json,
 )
@@ -288,6 +289,34 @@ def next_commands(config, question: str, start: str) -> str:
   python inference.py {shlex.join(asked)} --model {config.out}
   python inference.py {shlex.join(asked)} --model {start} {config.out} --samples 4
   python grpo.py {shlex.join(again)}"""
+
+
+def evaluate_run(run, policy: Policy, split: str, samples: int, seed: int = 0) -> dict[str, float]:
+    """Evaluate a policy on a split of a run of grpo.py, as many rows at once as a step samples; raises UserError."""
+    config = run.config
+    rows = config.batch_size * config.num_generations
+    with out_of_memory("--batch-size, --num-generations or --max-new-tokens"):
+        return evaluate(policy, run.scored_task, run.data[split], config.max_new_tokens, samples, seed, rows)
+
+
+def report(run) -> None:
+    """Evaluate on the held-out problems, print before and after, draw the figures, say what to try next."""
+    import plot_metrics  # here, since matplotlib is slow to import and a question needs no figure
+
+    config, position, out = run.config, run.position, run.out
+    results = read_json(out / "evaluation.json")
+    last = {"step": position.step, **evaluate_run(run, run.policy, "held_out", samples=4)}
+    best = last
+    if position.best_step != position.step:
+        policy = load(out, run.policy.device, config.dtype, config.temperature, config.exploration_noise)
+        best = {"step": position.best_step, **evaluate_run(run, policy, "held_out", samples=4)}
+    results |= {"best": best, "last": last}
+    write_json(out / "evaluation.json", results)
+    print(f"\n{len(run.data['held_out'])} held-out problems, before and after (95 % intervals):")
+    print(results_table({f"{name} (step {result['step']})": result for name, result in results.items()}))
+    figures = plot_metrics.plot([out], out)
+    print(f"\nbest checkpoint and metrics: {out}   figures: {', '.join(map(str, figures))}")
+    print(next_commands(config, run.data["held_out"][0].question, config.model or str(out / "base")))
 
 
 EXAMPLES = """the commonest:

@@ -43,7 +43,7 @@ GROUPS = ("model and data", "algorithm", "sampling", "rewards", "evaluation", "m
 def option(default, text: str, group: str, **more):
     """A field of a settings class, with its sentence of help, and the group in which --help lists it.
 
-    `more`: `above_zero` and `at_most` bound a number, `may_change` says whether --resume may change the setting.
+    `more`: `above_zero`, `at_least` and `at_most` bound a number; `may_change` says whether --resume may change it.
     """
     metadata = {"help": text, "group": group, "may_change": group in FREE_GROUPS, **more}
     if isinstance(default, list):
@@ -77,9 +77,10 @@ def check_settings(settings) -> None:
         if offered and value not in (*offered, f.default):
             raise UserError(f"{flag}: {value!r} is not offered; there is {', '.join(map(str, offered))}")
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            positive, most = f.metadata.get("above_zero"), f.metadata.get("at_most", 2**63 - 1)
-            if not 0 <= value < math.inf or (value == 0 and positive):
-                raise UserError(f"{flag} is {value}; it must be {'above 0' if positive else '0 or above'}")
+            positive, least = f.metadata.get("above_zero"), f.metadata.get("at_least", 0)
+            most = f.metadata.get("at_most", 2**63 - 1)
+            if not least <= value < math.inf or (value == 0 and positive):
+                raise UserError(f"{flag} is {value}; it must be {'above 0' if positive else f'{least} or above'}")
             if value > most:
                 raise UserError(f"{flag} is {value}; it must be at most {most}")
 

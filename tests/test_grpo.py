@@ -288,7 +288,7 @@ def test_best_checkpoint_is_the_best_by_validation(base, tmp_path, small_task, m
         result = evaluate(policy, task, examples, width, samples, *args)
         return result | ({"sampled_accuracy": next(scores)} if samples == 2 else {})
 
-    monkeypatch.setattr(grpo, "evaluate", scored)
+    monkeypatch.setattr(inference, "evaluate", scored)
     run = grpo.train(settings(base, tmp_path / "run"))
     assert (run.position.best_step, run.position.best_score, run.position.validations_since_best) == (2, 0.5, 1)
     at_two = load_file(tmp_path / "run" / "resume" / "000002" / "weights.safetensors")
@@ -462,7 +462,7 @@ def command(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
         (["--algorithm", "pairwise", "--epsilon", "0.1"], ["--epsilon", "--surrogate"]),
         (["--preference-strength", "5"], ["--preference-strength", "pairwise"]),
         (["--num-generations", "-1"], ["--num-generations", "above 0"]),
-        (["--temperature", "-1"], ["--temperature", "0 or above"]),
+        (["--temperature", "-1"], ["--temperature", "0.001 or above"]),
         (["--seed", "18446744073709551616"], ["--seed", "at most 9223372036854775807"]),
         (["--aggregate", "row"], ["--aggregate", "'row'", "'sequence_mean', 'token_mean', 'constant'"]),
         (["--advantage", "pairwise"], ["--advantage pairwise", "--surrogate reinforce"]),
