@@ -251,6 +251,8 @@ def test_a_users_own_reward_comes_from_a_file(tmp_path):
         ("", "7", 0),
         ("\u0665", "5", 0),
         ("7" + " x" * 2000, "7", 0),  # beyond what is searched
+        ("7" + "x" * 1999, "7", 1),
+        ("7" + "x" * 2000, "7", 0),
         ("9" * 1_000_000, "9", 0),
         ("1," * 500_000 + "7", "7", 0),
         ("((((" * 250_000 + " 7", "7", 1),
@@ -274,6 +276,7 @@ def test_hard_and_soft():
         ("<think>4-9=-5</think><answer>-5</answer>", 1),
         (" <think>\na\n</think>\n<answer>-5</answer>\n", 1),
         ("<think></think><answer>5</answer>", 0),
+        ("<think> </think><answer>5</answer>", 0),
         ("<think>a</think>so <answer>5</answer>", 0),
         ("so <think>a</think><answer>5</answer>", 0),
         ("<think>a<think>b</think></think><answer>5</answer>", 0),
@@ -300,6 +303,10 @@ def test_think_format(text, score):
         (r"\boxed{\text{a \} b}}", r"\text{a \} b}"),
         (r"\boxed{}", None),
         (r"\boxed{1", None),
+        (r"\boxed{1\}", None),
+        (r"\fbox{1} \boxed{2} \fbox{3}", "3"),
+        (r"\boxed{7}" + "x" * (20_000 - 9), "7"),
+        (r"\boxed{7}" + "x" * (20_000 - 8), None),  # begins beyond what is searched
         (r"so $\boxed 1$.", "1"),
         (r"\boxed7", "7"),
         (r"\boxed {8}", "8"),
