@@ -6,7 +6,6 @@ searched with bounded patterns and converted with `int`, never evaluated.
 """
 
 import asyncio
-import atexit
 import contextlib
 import functools
 import importlib.util
@@ -232,62 +231,42 @@ def answer_last(prompts, completions, answer, **_) -> list[float]:
 COMPARE_SECONDS = 3.0  # a comparison that takes longer is stopped and scores 0
 
 
-class Comparer:
-    """A process that compares mathematical expressions; it is killed, and started again, where one takes too long.
+class Comparer(threading.local):
+    """Compares mathematical expressions, in a process for each thread; it is started again where one took too long.
 
     The library works on what a policy wrote, with a computer algebra system: only the end of its process surely stops
     it. So it has one of its own, with bounded memory, out of reach of the terminal's Ctrl-C.
     """
 
-    def __init__(self):
-        self.lock, self.process = threading.Lock(), None
-        atexit.register(self.stop)
+    process = None
 
     def start(self) -> None:
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        program = (
-            f"{inspect.getsource(compare_lines)}\ncompare_lines()"  # alone, since PyTorch fills the memory's limit
-        )
-        self.process = subprocess.Popen([sys.executable, "-c", program], start_new_session=True, **pipes)
-        if not self.answer(b"", 60.0):
+        program = f"{inspect.getsource(compare_lines)}\ncompare_lines()"
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+        process = subprocess.Popen([sys.executable, "-c", program], start_new_session=True, **pipes)
+        if not process.stdout.readline():
             raise UserError("math_accuracy needs the package math-verify; python -m pip install math-verify")
-
-    def stop(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process.communicate()  # waits, and closes the pipes
-            self.process = None
-
-    def answer(self, request: bytes, seconds: float) -> bytes:
-        """The line that the process answers; empty if it has ended, or is ended since its time is up."""
-        timer = threading.Timer(seconds, self.process.kill)
-        timer.start()
-        try:
-            self.process.stdin.write(request)
-            self.process.stdin.flush()
-            return self.process.stdout.readline()
-        except OSError:
-            return b""
-        finally:
-            timer.cancel()
+        self.process = process
 
     def equal(self, gold: str, answer: str) -> float:
         """1 if math-verify finds the expressions equal within `COMPARE_SECONDS`, else 0."""
-        with self.lock:
-            if self.process is None or self.process.poll() is not None:
-                self.stop()
-                self.start()
-            line = self.answer(json.dumps([gold, answer]).encode() + b"\n", COMPARE_SECONDS)
-            if not line:
-                self.stop()
-            return float(line.strip() == b"1")
+        if self.process is None or self.process.poll() is not None:
+            self.start()
+        timer = threading.Timer(COMPARE_SECONDS, self.process.kill)
+        timer.start()
+        with contextlib.suppress(OSError):  # of a process that has ended, whose answer is empty
+            print(json.dumps([gold, answer]), file=self.process.stdin, flush=True)
+        line = self.process.stdout.readline()
+        timer.cancel()
+        if not line:
+            self.process.communicate()  # waits for its end, and closes the pipes
+        return float(line == "1\n")
 
 
 def compare_lines() -> None:
-    """What the process of `Comparer` runs: a line [gold, answer] on standard input, 1 or 0 on standard output."""
+    """The process of a `Comparer`, a program that stands alone, since PyTorch would fill the memory's limit."""
     import contextlib
     import json
-    import logging
     import sys
 
     with contextlib.suppress(ImportError, OSError, ValueError):  # not on every system
@@ -296,32 +275,33 @@ def compare_lines() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32))
     from math_verify import parse, verify
 
-    logging.disable(logging.CRITICAL)
     out, sys.stdout = sys.stdout, sys.stderr  # nothing but results goes to the pipe
     print("ready", file=out, flush=True)
-    for line in sys.stdin:
+    for line in sys.stdin:  # [gold, answer]
         gold, answer = (parse(f"\\boxed{{{text}}}", raise_on_error=False) for text in json.loads(line))
         print(int(verify(gold, answer, raise_on_error=False)), file=out, flush=True)
 
 
-COMPARERS = [Comparer() for _ in range(4)]
+COMPARER, COMPARING = Comparer(), ThreadPoolExecutor(4)
 
 
 @functools.lru_cache(2**16)
-def equal_expressions(gold: str, answer: str | None) -> float:
+def equal_expressions(pair: tuple[str, str | None]) -> float:
+    gold, answer = pair
     if answer is None or len(answer) > 500:
         return 0.0
-    plain = ["".join(text.split()) for text in (gold, answer)]
+    plain = ["".join(text.split()) for text in pair]
     if plain[0] == plain[1] or any(map(BASED.fullmatch, plain)):  # the library would overlook the base
         return float(re.sub("[{}]", "", plain[0]) == re.sub("[{}]", "", plain[1]))
-    return COMPARERS[hash(answer) % len(COMPARERS)].equal(gold, answer)
+    return COMPARER.equal(gold, answer)
 
 
 def equal_answers(golds: Sequence[str], answers: Sequence[str | None]) -> list[float]:
     """1 where the answer equals the gold one, as text or by math-verify, else 0; None is no answer."""
-    with ThreadPoolExecutor(len(COMPARERS)) as pool:
-        list(pool.map(equal_expressions, *zip(*set(zip(golds, answers, strict=True)), strict=True)))
-    return [equal_expressions(gold, answer) for gold, answer in zip(golds, answers, strict=True)]
+    pairs = list(zip(golds, answers, strict=True))
+    distinct = set(pairs)
+    scores = dict(zip(distinct, COMPARING.map(equal_expressions, distinct), strict=True))
+    return [scores[pair] for pair in pairs]
 
 
 def math_accuracy(prompts, completions, answer, **_) -> list[float]:

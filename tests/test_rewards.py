@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -454,29 +455,56 @@ def test_hostile_completions_get_a_score_in_bounded_time(name):
     assert time.monotonic() - start < limit
 
 
+def end(comparer: rewards.Comparer) -> None:
+    """As the end of the run does: the process reads to the end of its input."""
+    comparer.process.communicate(timeout=10)
+    assert comparer.process.returncode == 0
+
+
 def test_a_comparison_that_hangs_is_stopped_and_the_next_one_is_right(monkeypatch):
     """Several times over: what is started again and again leaves no pipe open."""
     opened = len(os.listdir("/dev/fd"))
     monkeypatch.setattr(rewards, "COMPARE_SECONDS", 1e-4)
     comparer = rewards.Comparer()
-    assert [comparer.equal("2^{11}", "2048") for _ in range(4)] == [0.0] * 4
+    for _ in range(4):
+        assert comparer.equal("2^{11}", "2048") == 0.0 and comparer.process.returncode == -signal.SIGKILL
     monkeypatch.setattr(rewards, "COMPARE_SECONDS", 60.0)
     assert comparer.equal("2^{11}", "2048") == 1.0
-    os.kill(comparer.process.pid, signal.SIGKILL)  # by somebody else: nobody's fault, so it is asked again
+    comparer.process.kill()  # by somebody else: nobody's fault, so it is asked again
+    comparer.process.wait()
     assert comparer.equal("2^{11}", "2048") == 1.0
-    comparer.stop()
+    end(comparer)
     assert len(os.listdir("/dev/fd")) <= opened
 
 
-def test_ctrl_c_in_the_terminal_does_not_reach_the_comparers():
+def test_a_comparison_that_holds_the_interpreter_is_stopped_in_its_time(monkeypatch):
+    """A large factorial is one call in C that does not come back; between comparisons the process may wait for long."""
+    monkeypatch.setattr(rewards, "COMPARE_SECONDS", 0.5)
+    comparer = rewards.Comparer()
+    assert comparer.equal("2^{11}", "2048") == 1.0
+    process = comparer.process
+    time.sleep(1)
+    assert comparer.equal("3^{7}", "2187") == 1.0 and comparer.process is process
+    start = time.monotonic()
+    assert comparer.equal("7", "(10^9)!") == 0.0 and process.returncode == -signal.SIGKILL
+    assert time.monotonic() - start < 1.5
+    assert comparer.equal("3^{7}", "2187") == 1.0
+    end(comparer)
+
+
+def test_comparers_have_bounded_memory_and_ctrl_c_in_the_terminal_does_not_reach_them():
     comparer = rewards.Comparer()
     assert comparer.equal("2^{11}", "2048") == 1.0
     assert os.getsid(comparer.process.pid) != os.getsid(0)
-    comparer.stop()
+    if sys.platform == "linux":
+        limits = Path(f"/proc/{comparer.process.pid}/limits").read_text().splitlines()
+        assert [line.split()[3:5] for line in limits if "address space" in line] == [[str(2**32)] * 2]
+        assert "libtorch" not in Path(f"/proc/{comparer.process.pid}/maps").read_text()
+    end(comparer)
 
 
 def test_without_math_verify_the_error_names_it(monkeypatch):
-    monkeypatch.setattr(rewards, "COMPARERS", [rewards.Comparer()])
+    monkeypatch.setattr(rewards, "COMPARER", rewards.Comparer())
     monkeypatch.setattr(sys, "executable", "/bin/true")  # a Python that says nothing and ends
     rollout = SimpleNamespace(texts=[r"\boxed{0.5}"], completion_ids=[[1]])
     with pytest.raises(UserError, match="pip install math-verify"):
