@@ -99,12 +99,9 @@ def to_number(completion: str | list[dict]) -> float | None:
 
 
 def to_nearest(completion: str | list[dict]) -> int | None:
-    """The integer nearest to the number that a completion is, a half rounded up; None without a number.
-
-    (`round` makes every half even, so that halves would earn the bonus of even answers.)
-    """
+    """The integer nearest to the number that a completion is, a half rounded up; None without a number."""
     value = to_number(completion)
-    return None if value is None else math.floor(value + 0.5)
+    return None if value is None else math.floor(value + 0.5)  # `round` makes every half even, which earns the bonus
 
 
 def nearest_exact(prompts, completions, answer, **_) -> list[float]:
@@ -149,11 +146,11 @@ def think_format(prompts, completions, **_) -> list[float]:
     """1 for `<think>...</think><answer>...</answer>` and nothing else, each tag once, else 0."""
     scores = []
     for completion in completions:
-        thought, _, rest = text_of(completion).strip().partition("</think>")
-        thought, rest = thought.partition("<think>"), rest.lstrip()
-        framed = thought[0] == "" and thought[1] and thought[2].strip() and rest.startswith("<answer>")
-        once = not any(tag in thought[2] + rest for tag in ("<think>", "</think>"))
-        scores.append(float(bool(framed) and once and extract_answer(rest) is not None))
+        text = text_of(completion).strip()
+        thought, _, rest = text.removeprefix("<think>").partition("</think>")
+        framed = text.startswith("<think>") and text.count("<think>") == text.count("</think>") == 1
+        answered = rest.lstrip().startswith("<answer>") and extract_answer(rest) is not None
+        scores.append(float(framed and answered and thought.strip() != ""))
     return scores
 
 
@@ -162,21 +159,18 @@ def last_boxed(text: str) -> str | None:
 
     Searched are the last 20,000 characters, in one pass.
     """
-    text = text[-20_000:]
-    start = max(text.rfind(r"\boxed"), text.rfind(r"\fbox"))
-    if start < 0:
+    *before, text = re.split(r"\\boxed|\\fbox", text[-20_000:])
+    if not before:
         return None
-    text = text[start:].removeprefix(r"\boxed").removeprefix(r"\fbox").lstrip()
+    text = text.lstrip()
     if not text.startswith("{"):
         return BARE.match(text)[0] or None
-    depth, i = 1, 1
-    while i < len(text) and depth:
-        if text[i] == "\\":
-            i += 1  # an escaped brace, \{ or \}, is a sign, no bracket
-        else:
-            depth += {"{": 1, "}": -1}.get(text[i], 0)
-        i += 1
-    return text[1 : i - 1].strip() or None if not depth else None
+    depth = 0
+    for mark in re.finditer(r"\\.|[{}]", text, re.DOTALL):  # an escaped brace, \{ or \}, is a sign, no bracket
+        depth += {"{": 1, "}": -1}.get(mark[0], 0)
+        if depth == 0:
+            return text[1 : mark.start()].strip() or None
+    return None
 
 
 def boxed_format(prompts, completions, **_) -> list[float]:
@@ -219,13 +213,16 @@ def soft_overlong(limit: int, buffer: float) -> RewardFunction:
     return overlong
 
 
+def last_number(text: str) -> str | None:
+    """The last number in the last 2,000 characters of a text, or None."""
+    found = NUMBER.findall(text[-2000:])
+    return found[-1].rstrip(".,") if found else None
+
+
 def answer_last(prompts, completions, answer, **_) -> list[float]:
     """1 where the last number in the last 2,000 characters is the right integer, else 0: the lenient reading."""
-    scores = []
-    for completion, right in zip(completions, answer, strict=True):
-        found = NUMBER.findall(text_of(completion)[-2000:])
-        scores.append(float(bool(found) and to_integer(found[-1].rstrip(".,")) == int(right)))
-    return scores
+    values = [to_integer(last_number(text_of(completion))) for completion in completions]
+    return [float(value == int(right)) for value, right in zip(values, answer, strict=True)]
 
 
 COMPARE_SECONDS = 3.0  # a comparison that takes longer is stopped and scores 0
@@ -312,11 +309,7 @@ def math_accuracy(prompts, completions, answer, **_) -> list[float]:
 def math_lenient(prompts, completions, answer, **_) -> list[float]:
     r"""The same, but without a `\boxed{...}` the last number of the last 2,000 characters counts."""
     texts = [text_of(completion) for completion in completions]
-    numbers = [[None, *NUMBER.findall(text[-2000:])][-1] for text in texts]
-    return equal_answers(
-        answer,
-        [last_boxed(text) or (number and number.rstrip(".,")) for text, number in zip(texts, numbers, strict=True)],
-    )
+    return equal_answers(answer, [last_boxed(text) or last_number(text) for text in texts])
 
 
 JUDGE_PROMPT = """You grade an answer. Reply with one integer and nothing else: {levels}.

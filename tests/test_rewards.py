@@ -281,6 +281,8 @@ def test_hard_and_soft():
         ("<think>a</think>so <answer>5</answer>", 0),
         ("so <think>a</think><answer>5</answer>", 0),
         ("<think>a<think>b</think></think><answer>5</answer>", 0),
+        ("<think>a<think>b</think><answer>5</answer>", 0),
+        ("<think>a</think><answer>5</answer></think>", 0),
         ("<think>a</think><answer>5</answer><answer>5</answer>", 0),
         ("<think>a<answer>5</answer></think><answer>5</answer>", 1),
         ("<think>a</think>", 0),
