@@ -340,7 +340,6 @@ class Judge:
     scale: int = 1  # scores are integers from 0 to this
     key: str = ""  # sent as a bearer token
     seconds: float = 30.0  # for one call
-    batch_seconds: float = 300.0  # after these the calls for a batch are given up
     retries: int = 2
     pause: float = 0.5  # seconds before the first retry, doubled at each
     calls: int = 8  # at once
@@ -368,33 +367,28 @@ class Judge:
         """Find the scores that are missing."""
         self.failed, turns = 0, asyncio.Semaphore(self.calls)
         async with session:
-            asked = [self.score(session, turns, pair) for pair in pairs if pair not in self.scores]
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(asyncio.gather(*asked), self.batch_seconds)
+            await asyncio.gather(*(self.score(session, turns, *pair) for pair in pairs if pair not in self.scores))
 
-    async def score(self, session, turns: asyncio.Semaphore, pair: tuple[str, str]) -> None:
-        async with turns:
-            for attempt in range(self.retries + 1):
-                if self.failed >= self.patience:
-                    return
-                wait = ""
-                with contextlib.suppress(Exception):  # no answer in time, no HTTP, no JSON, or not of the form expected
-                    async with asyncio.timeout(self.seconds), self.post(session, *pair) as response:
-                        wait = response.headers.get("Retry-After", "")
-                        if response.status_code == 200:
-                            self.scores[pair] = self.read(await anext(response.aiter_raw(2**20)))  # the rest is left
-                            self.failed = 0
-                            return
-                self.failed += 1
-                pause = float(wait) if re.fullmatch("[0-9]{1,4}", wait) else self.pause * 2**attempt
-                await asyncio.sleep(min(pause, self.seconds) if attempt < self.retries else 0)
-
-    def post(self, session, question: str, answer: str):
-        """The call, to be entered for its response."""
+    async def score(self, session, turns: asyncio.Semaphore, question: str, answer: str) -> None:
         content = JUDGE_PROMPT.format(levels=LEVELS[self.scale], question=question, answer=answer)
         body = {"model": self.model, "temperature": 0, "max_tokens": 1024}
         body["messages"] = [{"role": "user", "content": content}]
-        return session.stream("POST", f"{self.url.rstrip('/')}/chat/completions", json=body)
+        url, pause = f"{self.url.rstrip('/')}/chat/completions", 0.0
+        async with turns:
+            for attempt in range(self.retries + 1):
+                await asyncio.sleep(pause)
+                if self.failed >= self.patience:
+                    return
+                pause = self.pause * 2**attempt
+                with contextlib.suppress(Exception):  # no answer in time, no HTTP, no JSON, or not of the form expected
+                    async with asyncio.timeout(self.seconds), session.stream("POST", url, json=body) as response:
+                        if response.status_code == 200:
+                            reply = await anext(response.aiter_raw(2**20))  # the rest is left
+                            self.scores[question, answer] = self.read(reply)
+                            self.failed = 0
+                            return
+                        pause = min(int(response.headers["Retry-After"]), self.seconds)
+                self.failed += 1
 
     def read(self, reply: bytes) -> float:
         """The score on the reply's last line, as in `1`, `Score: 1` or `**1/2**`; raises ValueError if it is none."""

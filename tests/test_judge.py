@@ -205,6 +205,20 @@ def test_a_call_that_fails_is_no_score(server, name):
     assert len(made.bodies) > 4  # the next batch tries again
 
 
+@pytest.mark.parametrize("after", ["0", "3600", "-9", "9" * 400, "nan", "Wed, 21 Oct 2015 07:28:00 GMT"])
+def test_a_busy_judge_is_asked_again_when_it_says_so(server, monkeypatch, after):
+    """But no later than a call may last; after the judge's own pause where it does not say a number of seconds."""
+
+    def busy_once(handler, number):
+        send(handler, 429, Retry_After=after) if number == 1 else answers(handler, number)
+
+    monkeypatch.setitem(BEHAVIOURS, "busy_once", busy_once)
+    made, start = server("busy_once"), time.monotonic()
+    pause = 0.01 if after[0] in "nW" else 60.0
+    assert client(made.url, pause=pause)(["q"], ["good"]) == [1]
+    assert time.monotonic() - start < 5
+
+
 def test_a_reply_without_end_is_cut(server):
     made = server("floods")
     assert client(made.url, retries=0)(["q"], ["a"]) == [None]
