@@ -8,13 +8,13 @@ searched with bounded patterns and converted with `int`, never evaluated.
 import asyncio
 import contextlib
 import functools
-import importlib.util
 import inspect
 import json
 import math
 import numbers
 import os
 import re
+import runpy
 import subprocess
 import sys
 import threading
@@ -422,15 +422,10 @@ class RewardSettings:
     ideal_length: int | None = option(
         None, "Aim of char_length and token_length. Default: 200 characters, 50 tokens.", "rewards", above_zero=True
     )
-    even_bonus: float | None = option(
-        None, "What even_bonus gives, and even_adaptive at first. Default: 0.2.", "rewards", above_zero=True
-    )
+    even_bonus: float | None = option(None, "First bonus for even answers. Default: 0.2.", "rewards", above_zero=True)
     scorer: str | None = option(None, "Model of the perplexity reward. Default: the policy at the start.", "rewards")
     judge_url: str | None = option(
-        None,
-        "The judge's endpoint, as in http://localhost:8000/v1; its key is JUDGE_API_KEY.",
-        "rewards",
-        may_change=True,
+        None, "The judge's URL, as in http://localhost:8000/v1; its key is JUDGE_API_KEY.", "rewards", may_change=True
     )
     judge_model: str = option("default", "Name of the judge's model, as the endpoint knows it.", "rewards")
     judge_scale: Literal[1, 2] = option(1, "The judge's best score; 2 leaves room for right in part.", "rewards")
@@ -456,36 +451,31 @@ class Rewards:
         """Parse and check the settings; raises UserError, also for a flag that no function of the mix reads."""
         mix = parse_rewards(settings.rewards)
         asked = {name for function, _ in mix.values() for name in inspect.signature(function).parameters}
-        given = {name: getattr(settings, flag) for name, flag in READ_BY.items() if getattr(settings, flag) is not None}
-        for name in given:
-            if name not in asked:
-                flag = flag_of(READ_BY[name])
-                raise UserError(f"{flag} does nothing with --rewards {settings.rewards}; leave it out")
+        inputs = {"scorer": None} if "scorer" in asked else {}  # is made once there is a policy
+        for name, flag in READ_BY.items():
+            value = getattr(settings, flag)
+            if value is not None and name not in asked:
+                raise UserError(f"{flag_of(flag)} does nothing with --rewards {settings.rewards}; leave it out")
+            if value is not None:
+                inputs[name] = value
         if "endpoint" in asked:
-            url = given.get("endpoint")
-            if url is None:
-                raise UserError("--rewards judge needs --judge-url; give it, or other --rewards, as in overlap=1")
+            url = settings.judge_url or ""
             if not url.startswith(("http://", "https://")):
-                raise UserError(f"--judge-url is {url!r}; it begins with http:// or https://")
+                needed = f"--judge-url with an address that begins with http:// or https://, not {url!r}"
+                raise UserError(f"--rewards judge needs {needed}; give one, or other --rewards, as in overlap=1")
             key = os.environ.get("JUDGE_API_KEY", "")
-            given["endpoint"] = Judge(url, settings.judge_model, settings.judge_scale, key)
-        given |= {"scorer": None} if "scorer" in asked else {}  # `supply` makes it, once there is a policy
-        return cls(mix, given)
-
-    def supply(self, name: str, make: Callable[[], object]) -> None:
-        """Make the input of that name, if a function of the mix asks for it."""
-        if name in self.inputs:
-            self.inputs[name] = make()
+            inputs["endpoint"] = Judge(url, settings.judge_model, settings.judge_scale, key)
+        return cls(mix, inputs)
 
     def check_columns(self, task: str, columns: dict) -> None:
         """Raise UserError for a function that asks for what neither the task's examples nor the run have."""
-        there = {"prompts", "completions", "completion_ids", "state", *self.inputs, *columns}
+        given = dict.fromkeys(["prompts", "completions", "completion_ids", "state", *self.inputs, *columns])
         for name, (function, _) in self.mix.items():
-            for asked in inspect.signature(function).parameters.values():
-                by_name = asked.kind in (asked.POSITIONAL_OR_KEYWORD, asked.KEYWORD_ONLY)
-                if by_name and asked.default is asked.empty and asked.name not in there:
-                    has = ", ".join(columns)
-                    raise UserError(f"--rewards: {name} needs the column {asked.name!r}; --task {task} has {has}")
+            try:
+                inspect.signature(function).bind(**accepted(function, given))
+            except TypeError as error:
+                has = ", ".join(columns)
+                raise UserError(f"--rewards: {name}: {error}; the columns of --task {task} are: {has}") from error
 
     def __call__(self, examples, rollout, state: dict) -> tuple[torch.Tensor, dict[str, float]]:
         """Weighted total rewards (P, G) float32 on the CPU; mean, std and missing share of each function; UserError.
@@ -509,8 +499,7 @@ class Rewards:
         try:
             plain = json.loads(json.dumps(state, allow_nan=False))  # as it is read back when the run is resumed
         except (TypeError, ValueError) as error:
-            what = f"a reward left in its state what JSON cannot hold ({error})"
-            raise UserError(f"--rewards: {what}; keep numbers") from error
+            raise UserError(f"--rewards: a state has what JSON cannot hold ({error}); keep numbers in it") from error
         state.clear()
         state.update(plain)
         return total.float(), metrics
@@ -522,17 +511,18 @@ class Rewards:
         """
         total: list[float | None] = [0.0] * len(given["completions"])
         for function, weight in self.mix.values():
-            values = function(**given, **accepted(function, self.inputs | {"state": {}}))
+            values = function(**accepted(function, given | self.inputs | {"state": {}}))
             pairs = zip(total, values, strict=True)
             total = [None if value is None or part is None else part + weight * value for part, value in pairs]
         return total
 
 
-def accepted(function: RewardFunction, inputs: dict) -> dict:
-    """Those of the inputs that a function takes by name, or all where it takes any."""
+def accepted(function: Callable, given: dict) -> dict:
+    """What a function takes by name of what is given: all of it where its parameters end in `**`."""
     taken = inspect.signature(function).parameters
-    takes_any = any(parameter.kind == parameter.VAR_KEYWORD for parameter in taken.values())
-    return {name: value for name, value in inputs.items() if takes_any or name in taken}
+    if any(parameter.kind == parameter.VAR_KEYWORD for parameter in taken.values()):
+        return given
+    return {name: value for name, value in given.items() if name in taken}
 
 
 def apply_reward(name: str, function: RewardFunction, examples, rollout, **extra) -> list[float | None]:
@@ -546,18 +536,15 @@ def apply_reward(name: str, function: RewardFunction, examples, rollout, **extra
         for prompt, text in zip(prompts, rollout.texts, strict=True)
     ]
     columns = {key: [example.columns[key] for example in examples] for key in examples[0].columns}
+    given = {"prompts": prompts, "completions": completions, "completion_ids": rollout.completion_ids}
     try:
-        values = function(
-            **{"prompts": prompts, "completions": completions, "completion_ids": rollout.completion_ids},
-            **columns,
-            **accepted(function, extra),
-        )
+        values = function(**accepted(function, columns | given | extra))
     except UserError:
         raise
     except Exception as error:
         raise UserError(f"reward {name} failed: {type(error).__name__}: {error}") from error
-    if not isinstance(values, (list, tuple)) or len(values) != len(prompts):
-        count = len(values) if isinstance(values, (list, tuple)) else type(values).__name__
+    count = len(values) if isinstance(values, (list, tuple)) else type(values).__name__
+    if count != len(prompts):
         raise UserError(f"reward {name} returned {count} for {len(prompts)} completions; return a list of that length")
     for row, value in enumerate(values):
         number = isinstance(value, numbers.Real) and abs(value) < 2.0**127  # the total is summed in float32
@@ -592,12 +579,10 @@ def load_function(source: str) -> RewardFunction:
     path, _, name = source.rpartition(":")
     if not Path(path).is_file():
         raise UserError(f"--rewards: no file {path!r}; give the path of a Python file, as in my_file.py:my_reward=1")
-    spec = importlib.util.spec_from_file_location(f"reward_{Path(path).stem}", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        function = runpy.run_path(path).get(name)
     except Exception as error:
         raise UserError(f"--rewards: {path} does not run: {type(error).__name__}: {error}") from error
-    if not callable(getattr(module, name, None)):
+    if not callable(function):
         raise UserError(f"--rewards: {path} has no function {name!r}")
-    return getattr(module, name)
+    return function

@@ -137,6 +137,16 @@ def test_a_reward_gets_every_column_by_keyword():
     }
 
 
+def test_a_reward_without_more_gets_what_it_asks_for():
+    assert call(lambda answer, state: [float(a) + state["k"] for a in answer], state={"k": 1}, scorer=None) == [1, 2]
+
+
+def test_the_total_of_a_mix_is_none_where_a_part_is():
+    mix = {"a": (lambda answer: [1.0, None, 2.0], 0.5), "b": (lambda state, scorer, **_: [scorer, scorer, None], 2.0)}
+    both = rewards.Rewards(mix, {"scorer": 1.0})
+    assert both.total(prompts=["q"] * 3, completions=["c"] * 3, answer=["1"] * 3) == [2.5, None, None]
+
+
 @pytest.mark.parametrize("values", [[0.0, 1.0], [1, -2], [True, False], [None, None], (0.25, None), [-1e38, 1e38]])
 def test_numbers_and_none_pass_through(values):
     assert call(lambda **_: values) == list(values)
@@ -168,7 +178,7 @@ def fails(**_):
         (lambda **_: None, ["NoneType", "2 completions"]),
         (lambda **_: {0: 1.0, 1: 2.0}, ["dict", "2 completions"]),
         (lambda **_: (value for value in [0.0, 1.0]), ["generator"]),
-        (lambda prompts: [0.0, 1.0], ["TypeError", "completions"]),
+        (lambda nowhere: [0.0, 1.0], ["TypeError", "nowhere"]),
         (fails, ["KeyError", "level_2"]),
     ],
 )
