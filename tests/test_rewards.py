@@ -147,6 +147,14 @@ def test_the_total_of_a_mix_is_none_where_a_part_is():
     assert both.total(prompts=["q"] * 3, completions=["c"] * 3, answer=["1"] * 3) == [2.5, None, None]
 
 
+@pytest.mark.parametrize("function", [overlap, lambda reference: None, lambda *, reference, **_: None])
+def test_a_column_that_the_task_does_not_have_is_named(function):
+    mix = rewards.Rewards({"mine": (function, 1.0), "judge": (rewards.judge, 1.0)}, {"endpoint": None})
+    mix.check_columns("alpaca", {"reference": "right"})
+    with pytest.raises(UserError, match="--rewards: mine: .*'reference'.*--task arithmetic .*: answer, level$"):
+        mix.check_columns("arithmetic", {"answer": "1", "level": 2})
+
+
 @pytest.mark.parametrize("values", [[0.0, 1.0], [1, -2], [True, False], [None, None], (0.25, None), [-1e38, 1e38]])
 def test_numbers_and_none_pass_through(values):
     assert call(lambda **_: values) == list(values)
