@@ -340,6 +340,7 @@ class Judge:
     scale: int = 1  # scores are integers from 0 to this
     key: str = ""  # sent as a bearer token
     seconds: float = 30.0  # for one call
+    batch_seconds: float = 300.0  # after these the calls for a batch are given up
     retries: int = 2
     pause: float = 0.5  # seconds before the first retry, doubled at each
     calls: int = 8  # at once
@@ -367,7 +368,9 @@ class Judge:
         """Find the scores that are missing."""
         self.failed, turns = 0, asyncio.Semaphore(self.calls)
         async with session:
-            await asyncio.gather(*(self.score(session, turns, *pair) for pair in pairs if pair not in self.scores))
+            calls = [self.score(session, turns, *pair) for pair in pairs if pair not in self.scores]
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.gather(*calls), self.batch_seconds)
 
     async def score(self, session, turns: asyncio.Semaphore, question: str, answer: str) -> None:
         content = JUDGE_PROMPT.format(levels=LEVELS[self.scale], question=question, answer=answer)

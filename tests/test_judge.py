@@ -248,6 +248,13 @@ def test_a_thread_whose_event_loop_runs_may_ask(server):
     assert asyncio.run(notebook()) == [1]
 
 
+def test_a_batch_ends_when_its_time_is_up(server):
+    """Each call is answered in time, all of them together are not."""
+    made, start = server("slow"), time.monotonic()
+    scores = client(made.url, calls=1, batch_seconds=0.5)(["q"] * 20, [f"good {i}" for i in range(20)])
+    assert time.monotonic() - start < 2.0 and scores[0] == 1 and scores[-1] is None
+
+
 def test_nobody_listens():
     assert client("http://127.0.0.1:9/v1")(["q"], ["a"]) == [None]
 

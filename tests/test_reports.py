@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from unittest.mock import AsyncMock
 
 import pytest
 import torch
@@ -638,15 +637,13 @@ def look_at(command: str, folder: Path, flags: dict[str, str]) -> dict[str, obje
         words += [f"--{name.replace('_', '-')}", *filter(None, [value])]
     work, asked, error = [], [], None
 
-    def post(judge, session, question, answer):
+    async def score(judge, session, turns, question, answer):
         asked.append((judge.url, judge.model, judge.scale))
-        raise OSError("nobody there")
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
         patch.chdir(folder)
         patch.setattr(sys, "argv", [f"{command}.py", *words])
-        patch.setattr(rewards.Judge, "post", post)
-        patch.setattr(rewards.asyncio, "sleep", AsyncMock())  # the pauses before calls that are made again
+        patch.setattr(rewards.Judge, "score", score)
         patch.setattr(grpo, "report", lambda run: None)
         spy(patch, Attention, "forward", lambda x, *_, **__: work.append(tuple(x.shape)))
         spy(patch, Llama, "logits", lambda logits, *_: work.append(logits.dtype))
