@@ -37,7 +37,7 @@ import runs
 import sft
 from checkpoints import choose_device, dry_run, load, open_policy, save
 from inference import evaluate_run, make_scorer, measure_rollout, report, show_number
-from policy import Policy, Rollout, frozen, join, mean_log_probs, micro_batches, score
+from policy import Policy, Rollout, frozen, join, mean_log_probs, micro_batches, score_rollout
 from rewards import Rewards, RewardSettings, soft_overlong
 from runs import Run, RunSettings, UserError, option, out_of_memory
 from tasks import TASKS, Example, Task, find_task, load_task, take_prompts
@@ -53,7 +53,7 @@ def group_advantages(rewards: torch.Tensor, scale: str = "group") -> torch.Tenso
 
     `group`: the group's mean, over its unbiased std + 1e-4 (DeepSeekMath, section 4.1.2); `batch_std`: over the std of
     all rows; `centered`: over nothing (Dr. GRPO, section 3.2); `leave_one_out`: the mean of the others (RLOO, eq. 7);
-    `batch_mean`: the mean of all rows (REINFORCE). `pairwise` marks winners 1 and losers -1 for `pairwise_advantages`.
+    `batch_mean`: the mean of all rows (REINFORCE). Under `pairwise` only their order counts, see `pairwise_advantages`.
     A group of equal rewards is exactly 0, save under `batch_mean`. Raises ValueError for a group of fewer than two.
     """
     if scale == "batch_mean":  # the one baseline that is not the group's
@@ -67,10 +67,8 @@ def group_advantages(rewards: torch.Tensor, scale: str = "group") -> torch.Tenso
     elif scale == "batch_std":
         advantages = advantages / (rewards.std() + 1e-4)
     elif scale == "leave_one_out":
-        advantages = advantages / ((size - 1) / size)
-    elif scale == "pairwise":
-        advantages = torch.where(rewards == rewards.amax(1, keepdim=True), 1.0, -1.0).to(rewards.dtype)
-    elif scale != "centered":
+        advantages = advantages / ((size - 1) / size)  # R - mean of the others = (R - mean) * G / (G - 1)
+    elif scale not in ("centered", "pairwise"):
         raise ValueError(f"no scale {scale!r}")
     return torch.where(is_flat(rewards)[:, None], 0.0, advantages)
 
@@ -98,8 +96,8 @@ def kl_penalty(
 
     With d = log ref - log pi: `k1` -d; `k2` d^2 / 2; `k3` exp(d) - d - 1 >= 0 (DeepSeekMath, eq. 4); `k3_unbiased`
     ratio * k3 with gradient through the ratio (DeepSeek-V3.2, arXiv 2512.02556). In the last two d is clamped at 20
-    from above, where exp would overflow. As a loss k2 and k3_unbiased pull towards KL(pi || ref), k3 towards
-    KL(ref || pi), k1 nowhere.
+    from above, lest exp overflows; beyond, they have no gradient. As a loss, on-policy and with the token ratio, k2 and
+    k3_unbiased pull towards KL(pi || ref), k3 towards KL(ref || pi), k1 nowhere (tests/test_oracle_enumeration.py).
     """
     d = ref_logp - logp
     if estimator == "k1":
@@ -112,9 +110,9 @@ def kl_penalty(
 
 def surrogate(ratio: torch.Tensor, advantage: torch.Tensor, logp: torch.Tensor, algorithm: "Algorithm") -> torch.Tensor:
     """The loss per token (B, T) without the KL term, from ratio (B, T) and advantage (B, 1): what is descended."""
-    clipped = ratio.clamp(1 - algorithm.epsilon, 1 + algorithm.epsilon_high)
     if algorithm.surrogate == "reinforce":
         return -advantage * logp
+    clipped = ratio.clamp(1 - algorithm.epsilon, 1 + algorithm.epsilon_high)
     if algorithm.surrogate == "cispo":  # caps the weight and keeps the gradient (MiniMax-M1, eq. 4)
         return -clipped.detach() * advantage * logp
     return -torch.minimum(ratio * advantage, clipped * advantage)  # min for A < 0 too (PPO, eq. 7)
@@ -134,11 +132,12 @@ def policy_loss(
     logp: torch.Tensor, old_logp: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, algorithm: "Algorithm",
     ref_logp: torch.Tensor | None = None, denominator: float | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # fmt: skip
-    """The loss, a scalar, and sums over tokens for the metrics (DeepSeekMath, eq. 3; the cells say what differs).
+    """The loss, a scalar, and `loss_metrics` (DeepSeekMath, eq. 3; the cells say what differs).
 
     logp, old_logp, ref_logp (B, T) are log-probabilities of the sampled tokens under the policy, the policy that the
     first inner update started from, and the reference; advantages (B,); mask (B, T) bool. What stands at padding
-    changes nothing. `denominator` is `loss_denominator` of the whole optimizer step; default: these rows, width T.
+    changes nothing. `denominator` is `loss_denominator` of the whole optimizer step; without one these rows, of width
+    T, are taken to be all.
     """
     # Masked before exp: whatever stands at padding must not become inf * 0 = NaN.
     log_ratio = torch.where(mask, logp - old_logp, 0.0)
@@ -161,7 +160,7 @@ def policy_loss(
 
 @torch.no_grad()
 def loss_metrics(logp, ref_logp, ratio, advantage, mask, algorithm: "Algorithm") -> dict[str, torch.Tensor]:
-    """Sums over tokens: how many the clip has taken the gradient from, below and above; KL; and the largest ratio."""
+    """Sums over tokens of the KL and of what the clip took the gradient from; and the largest ratio."""
     clips = mask & (algorithm.surrogate == "clip")
     too_low, too_high = ratio < 1 - algorithm.epsilon, ratio > 1 + algorithm.epsilon_high
     metrics = {
@@ -209,14 +208,18 @@ class Algorithm:
     @property
     def idle(self) -> dict[str, str]:
         """Settings that this row does not read, and what it would take."""
-        idle = {} if self.beta else dict.fromkeys(("kl_estimator", "kl_limit", "ref_update_every"), "a --beta above 0")
+        idle = {}
+        if self.beta == 0:
+            idle |= dict.fromkeys(("kl_estimator", "kl_limit", "ref_update_every"), "a --beta above 0")
         if self.surrogate == "reinforce":
-            idle |= dict.fromkeys(("epsilon", "epsilon_high"), "--surrogate clip or cispo")
-        return idle | ({} if self.advantage == "pairwise" else {"preference_strength": "--advantage pairwise"})
+            idle |= dict.fromkeys(("ratio", "epsilon", "epsilon_high"), "--surrogate clip or cispo")
+        if self.advantage != "pairwise":
+            idle["preference_strength"] = "--advantage pairwise"
+        return idle
 
     def __str__(self) -> str:
         cells = {f.name.replace("_", " "): getattr(self, f.name) for f in fields(self) if f.name not in self.idle}
-        return ", ".join(f"{name} {value}" for name, value in cells.items() if value)
+        return ", ".join(f"{name} {value}" for name, value in cells.items())
 
 
 ALGORITHMS = {
@@ -232,11 +235,13 @@ ALGORITHMS = {
 
 def train_step(run: "GRPORun", step: int) -> dict[str, float]:
     """One step of GRPO; the numbers are those at the top of this file. Returns what was measured."""
-    config, algorithm, policy, clock = run.config, run.config.resolved_algorithm, run.policy, [time.perf_counter()]
+    config, algorithm, policy = run.config, run.config.resolved_algorithm, run.policy
+    clock = [time.perf_counter()]  # the start, then the end of sampling, scoring and updating
     run.optimizer.param_groups[0]["lr"] = config.learning_rate * min(1.0, step / max(1, config.warmup_steps))
     with out_of_memory("--batch-size, --num-generations or --max-new-tokens"):
         examples = take_prompts(run.data["train"], step, config.batch_size, config.seed)  # (1)
-        rollout = policy.sample(examples, config.num_generations, (config.seed, step, 0), config.max_new_tokens)  # (2)
+        key = (config.seed, step, 0)  # names the random numbers; the last is the number of the draw
+        rollout = policy.sample(examples, config.num_generations, key, config.max_new_tokens)  # (2)
         rewards, metrics = run.rewards(examples, rollout, run.position.reward_state)  # (3)
         metrics |= measure_rollout(rollout, rewards, examples, run.task)
         if algorithm.max_resample:
@@ -245,7 +250,7 @@ def train_step(run: "GRPORun", step: int) -> dict[str, float]:
     clock.append(time.perf_counter())
     with out_of_memory("--micro-batch-tokens"):
         advantages = group_advantages(rewards.to(policy.device), algorithm.advantage)  # (4)
-        ref_logp = score(run.reference, rollout, config.micro_batch_tokens) if run.reference else None  # (5)
+        ref_logp = score_rollout(run.reference, rollout, config.micro_batch_tokens) if run.reference else None  # (5)
         clock.append(time.perf_counter())
         metrics |= update(policy, run.reference, run.optimizer, rollout, advantages, ref_logp, config)  # (6)
     clock.append(time.perf_counter())
@@ -289,35 +294,36 @@ def update(
 ) -> dict[str, float]:  # fmt: skip
     """Take the inner updates on a rollout, given advantages (P, G) and ref_logp (B, T); returns the metrics.
 
-    Each inner update is one optimizer step over all rows, in as many micro-batches as memory asks for.
+    Each inner update is one optimizer step over all rows, in as many micro-batches as memory asks for; `descend` takes
+    it and clears the gradient.
     """
-    algorithm, given = config.resolved_algorithm, advantages
+    algorithm, order = config.resolved_algorithm, advantages
     batches = [(rows, rollout.select(rows)) for rows in micro_batches(rollout, config.micro_batch_tokens)]
     denominator = loss_denominator(rollout.mask, algorithm.aggregate, config.max_new_tokens)
     old_logps, losses, norms = [], [], []
     sums, peaks = Counter(), {"ratio_max": 0.0, "sampler_gap": 0.0}
     for inner in range(config.num_inner_updates):
         if algorithm.advantage == "pairwise":  # which follows the policy as it is now
-            mean_logp = mean_log_probs(policy, rollout, config.micro_batch_tokens).view_as(given)
-            advantages = pairwise_advantages(given, mean_logp, algorithm.preference_strength)
+            mean_logp = mean_log_probs(policy, rollout, config.micro_batch_tokens).view_as(order)
+            advantages = pairwise_advantages(order, mean_logp, algorithm.preference_strength)
         losses.append(0.0)
         for i, (rows, part) in enumerate(batches):
             logp, entropy = policy.log_probs(part)
             if inner == 0:  # the scorer's own values, so the ratio starts at exactly 1
                 old_logps.append(logp.detach())
             ref = None if ref_logp is None else ref_logp[rows, : part.mask.shape[1]]
-            loss, stats = policy_loss(
-                logp, old_logps[i], advantages.flatten()[rows], part.mask, algorithm, ref, denominator
-            )
+            advantage = advantages.flatten()[rows]  # row p * G + g
+            loss, stats = policy_loss(logp, old_logps[i], advantage, part.mask, algorithm, ref, denominator)
             loss.backward()
             losses[-1] += loss.item()
             stats |= {"entropy": entropy.sum(), "sampler_gap": (part.sampler_logp - old_logps[i]).abs().max()}
             exact_kl = policy.exact_kl(reference, part) if reference else None
-            if exact_kl is not None:
+            if exact_kl is not None:  # of a Gaussian policy
                 stats["kl"] = exact_kl.sum()
             for name in peaks:
                 peaks[name] = max(peaks[name], stats.pop(name).item())
-            sums.update({name: value.item() for name, value in stats.items()})
+            for name, value in stats.items():
+                sums[name] += value.item()
         norms.append(runs.descend(optimizer, losses[-1], config.clip_grad_norm))
     tokens = sums.pop("tokens")
     means = {name: value / tokens for name, value in sums.items()}

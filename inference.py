@@ -71,7 +71,7 @@ def sampled_results(task: Task, means: dict[str, float], scores: np.ndarray) -> 
     if len(scores):
         name = f"sampled_{task.score}"
         result[f"{name}_low"], result[f"{name}_high"] = bootstrap(scores.mean(1))
-    for k in (2**i for i in range(1, samples.bit_length() * (task.score == "accuracy"))):
+    for k in [2**i for i in range(1, samples.bit_length())] if task.score == "accuracy" else []:
         passed = np.array([pass_at_k(samples, int(right), k) for right in scores.sum(1)])
         result[f"pass@{k}"] = float(passed.mean())
         result[f"pass@{k}_low"], result[f"pass@{k}_high"] = bootstrap(passed)

@@ -91,7 +91,7 @@ def micro_batches(rollout: Rollout, token_budget: int) -> list[torch.Tensor]:
     members: dict[int, list[int]] = {}
     for row, group in enumerate(rollout.group.tolist()):
         members.setdefault(group, []).append(row)
-    units = []  # (completion tokens, prompt tokens, rows)
+    units = []  # (tokens of the longest completion, prompt tokens, rows)
     for group, rows in members.items():
         width, prompt = max(lengths[row] for row in rows), prompt_lengths[group]
         fit = len(rows) if prompt + len(rows) * width <= token_budget else max(1, token_budget // (prompt + width))
@@ -241,18 +241,18 @@ class TokenPolicy:
         self, examples: list[Example], group_size: int, key: Sequence[int], max_new_tokens: int,
         greedy: bool = False, first: int = 0, explore: bool = True,
     ) -> Rollout:  # fmt: skip
-        """Draw `group_size` completions of each example; key is (seed, step, draw), `first` the first prompt's number.
+        """Draw `group_size` completions of each example; key is (seed, step, draw), `first` numbers the first prompt.
 
-        Each prompt is prefilled once and its cache repeated for its group. Greedy takes the likeliest token and ignores
-        the temperature; greedy and without `explore` there is no exploration noise. Raises
-        FloatingPointError if the model's log-probabilities are not finite.
+        Each prompt is prefilled once and its cache repeated for its group. Greedy takes the likeliest token, whatever
+        the temperature. There is no exploration noise if greedy, nor without `explore`. Raises FloatingPointError if
+        the model's log-probabilities are not finite.
         """
         encoded = self.encode([example.prompt for example in examples])
         longest, room = max(map(len, encoded)), self.model.max_length
         if longest + max_new_tokens > room:
             what = f"a question of {longest} tokens and {max_new_tokens} more do not fit into the model's {room}"
             raise UserError(f"{what}; lower --max-new-tokens, or ask something shorter")
-        packed = self.pack(encoded, [[self.pad_id]] * len(encoded), [""] * len(encoded))
+        packed = self.pack(encoded, [[self.pad_id]] * len(encoded), [""] * len(encoded))  # completions follow
         group = packed.group.repeat_interleave(group_size)
         uniforms = row_uniforms(key, range(first, first + len(encoded)), group_size, max_new_tokens)
         uniforms = uniforms if self.device.type == "mps" else uniforms.to(self.device)  # mps has no float64
@@ -313,7 +313,8 @@ class TokenPolicy:
         Both are 0 at padding. The entropy carries no gradient. With `share_prompts`, groups of several rows take one
         pass over the prompt and one over the completions; otherwise prompt and completion go in one uncached pass.
         """
-        shared = share_prompts and len(rollout.group) > len(rollout.prompts) and not self.model.checkpointing
+        shared = share_prompts and len(rollout.group) > len(rollout.prompts)
+        shared = shared and not self.model.checkpointing  # which would extend the cache a second time, backward
         with self.autocast():
             hidden = (self.shared_hidden if shared else self.joined_hidden)(rollout)  # (B, T, C)
             picked, spread = self.score_tokens(hidden[rollout.mask], rollout.actions[rollout.mask])
@@ -489,7 +490,7 @@ def frozen(policy: Policy) -> Policy:
     return reference
 
 
-def score(policy: Policy, rollout: Rollout, token_budget: int) -> torch.Tensor:
+def score_rollout(policy: Policy, rollout: Rollout, token_budget: int) -> torch.Tensor:
     """Log-probabilities (B, T) of a rollout under the policy as it is now, without gradient, in micro-batches."""
     dtype = torch.promote_types(next(policy.model.parameters()).dtype, torch.float32)
     logp = torch.zeros(rollout.mask.shape, dtype=dtype, device=policy.device)

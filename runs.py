@@ -244,10 +244,7 @@ def start_run(config: RunSettings, **more) -> None:
         raise UserError(f"--out: {config.out!r} is --model itself, which the run would replace; name another folder")
     if not config.overwrite and any((out / name).exists() for name in ("run.json", "config.json", "metrics.jsonl")):
         raise UserError(f"--out: {config.out!r} already holds a run; --resume continues it, --overwrite replaces it")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out: {config.out!r} cannot be made ({error.strerror}); name another folder") from error
+    out.mkdir(parents=True, exist_ok=True)
     for name in ("metrics.jsonl", "samples.jsonl", "evaluation.json", "model.safetensors"):
         (out / name).unlink(missing_ok=True)
     shutil.rmtree(out / "resume", ignore_errors=True)
@@ -277,8 +274,7 @@ def save_state(out: Path, position: Position, models: dict, optimizer: torch.opt
     kept by a hard link.
     """
     folder, partial = out / "resume" / f"{position.step:06d}", out / "resume" / ".partial"
-    for old in (folder, partial):
-        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     names = [name for name, _ in models["weights"].named_parameters()]
     moments = {f"{names[i]} {key}": x for i, s in optimizer.state_dict()["state"].items() for key, x in s.items()}
@@ -291,9 +287,10 @@ def save_state(out: Path, position: Position, models: dict, optimizer: torch.opt
             os.link(out / "model.safetensors", partial / "best.safetensors")
         except OSError:  # a file system without hard links
             shutil.copyfile(out / "model.safetensors", partial / "best.safetensors")
+    shutil.rmtree(folder, ignore_errors=True)  # of the same step: not before the new one is whole
     os.replace(partial, folder)
     atomic_write(out / "resume" / "latest", lambda path: path.write_text(folder.name))
-    for old in sorted(path for path in (out / "resume").iterdir() if path.is_dir())[:-2]:
+    for old in sorted((path for path in (out / "resume").glob("[0-9]*")), key=lambda path: int(path.name))[:-2]:
         shutil.rmtree(old)
 
 
@@ -459,7 +456,7 @@ class Run:
 
     def restore(self) -> None:
         """Go back to the newest state, or to before the first step where none has been saved yet."""
-        if (self.out / "resume").exists():
+        if (self.out / "resume" / "latest").exists():
             self.position = load_state(self.out, self.models, self.optimizer)
         else:
             for name in ("metrics.jsonl", "samples.jsonl"):

@@ -3,7 +3,7 @@
 import torch
 
 from grpo import GRPOConfig, group_advantages, update
-from policy import Policy, Rollout, score
+from policy import Policy, Rollout, score_rollout
 from rewards import Rewards
 
 
@@ -12,7 +12,7 @@ def update_on(
 ) -> dict[str, float]:
     """Advantages of rewards (P, G), the reference's log-probabilities, and the inner updates; returns the metrics."""
     advantages = group_advantages(rewards.to(policy.device), config.resolved_algorithm.advantage)
-    ref_logp = score(reference, rollout, config.micro_batch_tokens) if reference else None
+    ref_logp = score_rollout(reference, rollout, config.micro_batch_tokens) if reference else None
     return update(policy, reference, optimizer, rollout, advantages, ref_logp, config)
 
 

@@ -460,6 +460,7 @@ def command(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
         (["--kl-estimator", "k1"], ["--kl-estimator", "exactly 0", "k3"]),
         (["--algorithm", "dapo", "--kl-estimator", "k2"], ["--kl-estimator", "--beta above 0"]),
         (["--algorithm", "pairwise", "--epsilon", "0.1"], ["--epsilon", "--surrogate"]),
+        (["--algorithm", "pairwise", "--ratio", "sequence"], ["--ratio", "--surrogate"]),
         (["--preference-strength", "5"], ["--preference-strength", "pairwise"]),
         (["--num-generations", "-1"], ["--num-generations", "above 0"]),
         (["--temperature", "-1"], ["--temperature", "0.001 or above"]),
@@ -509,7 +510,8 @@ def test_a_run_begins_with_what_it_will_do(base, tmp_path, small_task, capsys, m
 
 def test_a_row_shows_what_it_reads():
     assert str(ALGORITHMS["pairwise"]) == (
-        "advantage pairwise, ratio token, surrogate reinforce, aggregate sequence_mean, preference strength 2.0"
+        "advantage pairwise, surrogate reinforce, aggregate sequence_mean, beta 0.0, max resample 0, "
+        "overlong buffer 0.0, preference strength 2.0"
     )
     assert "max resample 3, overlong buffer 0.2" in str(ALGORITHMS["dapo"]) and "kl" not in str(ALGORITHMS["dapo"])
 

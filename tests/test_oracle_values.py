@@ -62,8 +62,8 @@ def test_the_batch_mean_is_the_one_baseline_that_is_not_the_groups():
     ]  # nor G = 1 an error
 
 
-def test_pairwise_marks_winners_and_losers():
-    rewards = torch.tensor([[3.0, 1.0, 3.0, 2.0], [2.0, 2.0, 2.0, 2.0]])
+def test_pairwise_keeps_the_order_and_an_unknown_scale_is_an_error():
+    rewards = torch.tensor([[3.0, 1.0, 3.0, 1.0], [2.0, 2.0, 2.0, 2.0]])
     assert group_advantages(rewards, "pairwise").tolist() == [[1.0, -1.0, 1.0, -1.0], [0.0] * 4]
     with pytest.raises(ValueError, match="no scale 'none'"):
         group_advantages(rewards, "none")

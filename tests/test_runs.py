@@ -75,7 +75,7 @@ def test_a_run_is_not_overwritten_unasked(tmp_path):
     (tmp_path / "file").write_text("mine")
     for folder in (tmp_path / "file", tmp_path / "file" / "run"):
         for overwrite in (False, True):
-            with pytest.raises(UserError, match="cannot be made"):
+            with pytest.raises(OSError, match="file"):  # which a command tells in one line
                 start_run(SFTConfig(out=str(folder), overwrite=overwrite))
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -203,6 +203,28 @@ def test_a_state_with_odd_content_is_refused(interrupted, random_policy, file, t
     (out / file).write_text(text)
     with pytest.raises(UserError, match="--resume: .* damaged .*--overwrite"):
         load_state(out, *model_and_optimizer(random_policy))
+
+
+def test_the_good_state_stays_until_the_new_one_of_its_step_is_whole(interrupted, random_policy, monkeypatch):
+    """The same step is saved again, as after Ctrl-C, and the run dies while it writes."""
+    out, kept = interrupted
+    models, optimizer = model_and_optimizer(random_policy)
+
+    def full(*_, **__):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(runs, "save_file", full)
+    with pytest.raises(OSError, match="no space left"):
+        save_state(out, at(10), models, optimizer)
+    policy, optimizer = with_optimizer(random_policy(seed=9))
+    assert load_state(out, {"weights": policy.model}, optimizer) == at(10) and same(weights_of(policy), kept[10])
+
+
+def test_the_newest_states_are_those_of_the_largest_numbers(interrupted, random_policy):
+    out, _ = interrupted
+    for number in (999_999, 1_000_000, 1_000_001):
+        save_state(out, at(number), *model_and_optimizer(random_policy))
+    assert sorted(path.name for path in (out / "resume").iterdir()) == ["1000000", "1000001", "latest"]
 
 
 def test_a_run_without_a_saved_state_says_so(tmp_path, random_policy):
@@ -378,7 +400,8 @@ def test_a_run_goes_on_from_its_state_and_before_the_first_from_nothing(tmp_path
     assert lines[0] == lines[1]
     fresh = tiny_run(tmp_path / "fresh")
     fresh.policy.model.load_state_dict(start)
-    (tmp_path / "fresh" / "metrics.jsonl").write_text('{"step": 0}\n')  # of a run that died before it saved anything
+    (tmp_path / "fresh" / "metrics.jsonl").write_text('{"step": 0}\n')  # of a run that died in its first save
+    (tmp_path / "fresh" / "resume" / ".partial").mkdir(parents=True)
     fresh.restore()
     assert fresh.position == Position() and not (tmp_path / "fresh" / "metrics.jsonl").exists()
 
