@@ -37,7 +37,7 @@ sys.path.insert(0, str(ROOT))
 
 VALUES = ("test_oracle_values.py", "test_oracle_enumeration.py", "test_oracle_properties.py", "test_grpo.py")
 SAMPLER = ("test_oracle_sampler.py", "test_policy.py", "test_oracle_properties.py", "test_grpo.py")
-STATISTICS = ("test_oracle_values.py", "test_inference.py", "test_grpo.py")
+STATISTICS = ("test_oracle_values.py", "test_inference.py", "test_reports.py")
 TASKS = ("test_tasks.py", "test_odd_even.py", "test_rewards.py")
 REWARDS = ("test_rewards.py", "test_odd_even.py", "test_tasks.py")
 SFT = ("test_sft.py", "test_odd_even.py")
@@ -49,7 +49,7 @@ TABLE = [
     ("grpo.py", "GRPORun.reason_to_stop surrogate loss_metrics", VALUES),
     ("inference.py", "measure_rollout", VALUES),
     ("tasks.py", "take_prompts", VALUES),
-    ("rewards.py", "Rewards.__call__ integer_errors", VALUES),
+    ("rewards.py", "Rewards.__call__", VALUES),
     ("policy.py", "Rollout.select join micro_batches row_uniforms inverse_cdf", SAMPLER),
     ("policy.py", "log_distribution", (*SAMPLER, "test_oracle_enumeration.py")),
     ("policy.py", "TokenPolicy.pack", (*SAMPLER, "test_sft.py")),
@@ -61,7 +61,11 @@ TABLE = [
     ("sft.py", "learning_rate_at batches cross_entropy", SFT),
     ("tasks.py", "in_fixed_order arithmetic odd_even Source.load gsm8k_example aimo_example math_example", TASKS),
     ("tasks.py", "alpaca_example smoltldr_example shows_working pose", TASKS),
-    ("rewards.py", "extract_answer to_integer to_number to_nearest last_boxed answer_format answer_near", REWARDS),
+    (
+        "rewards.py",
+        "integer_errors extract_answer to_integer to_number to_nearest last_boxed answer_format answer_near",
+        REWARDS,
+    ),
     ("rewards.py", "answer_exact answer_last hard soft nearest_exact distance closeness even_answer", REWARDS),
     ("rewards.py", "even_bonus even_adaptive think_format boxed_format char_length token_length overlap", REWARDS),
     ("rewards.py", "soft_overlong parse_rewards", (*REWARDS, "test_oracle_values.py")),

@@ -14,6 +14,7 @@ from grpo import Algorithm, GRPOConfig, GRPORun, is_flat, kl_penalty, policy_los
 from inference import bootstrap, measure_rollout, results_table, sampled_results, show_number
 from policy import Rollout, join, log_distribution, micro_batches
 from rewards import (
+    Rewards,
     answer_exact,
     answer_last,
     answer_near,
@@ -146,6 +147,28 @@ def test_what_is_measured_on_a_rollout_by_hand():
             **{"truncated": 0.25, "length": 2, "length_min": 1, "length_max": 3, "samples": 4, "tokens": 8},
         }
     )
+
+
+def test_all_groups_flat_is_a_share_of_one():
+    rollout, task = sampled(["a"] * 4), SimpleNamespace(metrics={})
+    assert measure_rollout(rollout, torch.ones(2, 2), [Example("p"), Example("q")], task)["zero_std_groups"] == 1
+
+
+def test_the_state_of_a_reward_goes_in_by_name_and_comes_out_as_json_reads_it():
+    def counting(completions, state, **_):
+        state["calls"] = state.get("calls", 0) + 1
+        state["last"] = (1, 2)
+        return [0.0] * len(completions)
+
+    def spoiling(completions, state, **_):
+        state["loss"] = math.nan
+        return [0.0] * len(completions)
+
+    state, rollout = {"calls": 6}, sampled(["a", "b"])
+    Rewards({"counting": (counting, 1.0)})([Example("?")], rollout, state)
+    assert state == {"calls": 7, "last": [1, 2]}
+    with pytest.raises(UserError, match="what JSON cannot hold"):
+        Rewards({"spoiling": (spoiling, 1.0)})([Example("?")], rollout, {})
 
 
 def test_a_broken_measure_is_named():
