@@ -66,7 +66,8 @@ TABLE = [
         "integer_errors extract_answer to_integer to_number to_nearest last_boxed answer_format answer_near",
         REWARDS,
     ),
-    ("rewards.py", "answer_exact answer_last hard soft nearest_exact distance closeness even_answer", REWARDS),
+    ("rewards.py", "answer_format answer_near answer_exact answer_last hard soft", REWARDS),
+    ("rewards.py", "nearest_exact distance closeness even_answer", REWARDS),
     ("rewards.py", "even_bonus even_adaptive think_format boxed_format char_length token_length overlap", REWARDS),
     ("rewards.py", "soft_overlong parse_rewards", (*REWARDS, "test_oracle_values.py")),
 ]
