@@ -160,9 +160,7 @@ class TokenPolicy:
     chunk_logits = 2**24  # most logits at once while scoring: 64 MiB in float32
     dtype = torch.float32  # of the matrix products
 
-    def __init__(
-        self, model: Llama, tokenizer, temperature: float = 1.0, end_ids: Sequence[int] = (), exploration_noise=0.0
-    ):
+    def __init__(self, model: Llama, tokenizer, temperature=1.0, end_ids: Sequence[int] = (), exploration_noise=0.0):
         self.model, self.tokenizer = model, tokenizer
         self.temperature, self.exploration_noise = temperature, exploration_noise
         self.end_ids = sorted({tokenizer.eos_token_id, *end_ids} - {None})

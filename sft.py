@@ -111,21 +111,13 @@ class SFTConfig(RunSettings):
     worked: float | None = option(None, "Arithmetic: share with working. Default: 0.3.", "model and data", at_most=1)
     wrong: float | None = option(None, "Arithmetic: share of others wrong. Default: 0.95.", "model and data", at_most=1)
     copies: int | None = option(None, "Arithmetic: so many a problem. Default: 8.", "model and data", above_zero=True)
-    even_data_ratio: float | None = option(
-        None, "Odd_even: share of the even sums that are demonstrated. Default: 0.", "model and data", at_most=1
-    )
+    even_data_ratio: float | None = option(None, "Odd_even: even sums shown. Default: 0.", "model and data", at_most=1)
     batch_size: int = option(64, "Demonstrations in one optimizer step.", "algorithm", above_zero=True)
-    learning_rate: float | None = option(
-        None, "Peak rate, falling to 0. Default: 1.5e-3; 1e-3 for an autoencoder.", "algorithm", above_zero=True
-    )
+    learning_rate: float | None = option(None, "Peak. Default: 1.5e-3; autoencoder 1e-3.", "algorithm", above_zero=True)
     warmup_steps: int = option(40, "Steps in which the learning rate rises from 0.", "algorithm")
     weight_decay: float = option(0.01, "Weight decay of AdamW.", "algorithm")
-    micro_batch_tokens: int = option(
-        8192, "Most tokens in one pass; changes no gradient.", "memory and device", above_zero=True, may_change=True
-    )
-    epochs: float | None = option(
-        None, "Passes over the demonstrations. Default: the task's.", "how long", above_zero=True, may_change=False
-    )
+    micro_batch_tokens: int = option(8192, "Most tokens a pass.", "memory and device", above_zero=True, may_change=True)
+    epochs: float | None = option(None, "Default: the task's.", "how long", above_zero=True, may_change=False)
     eval_every: int = option(1000, "Measure the validation loss every so many steps.", "how long", above_zero=True)
     save_every: int = option(1000, "Save a state to resume from every so many steps.", "run folder", above_zero=True)
     out: str = option("sft_model", "Checkpoint, metrics and states.", "run folder")
@@ -149,10 +141,8 @@ def new_policy(texts: list[str], seed: int, device: torch.device, kind: str = "t
 def prepare(config: SFTConfig) -> SFTRun:
     """Make or load the policy to start from, and open the run folder, or restore it with --resume."""
     task, small = find_task(config.task), config.policy == "autoencoder"
-    epochs, rate = (
-        config.epochs or task.epochs * (3 if small else 1),
-        config.learning_rate or (1e-3 if small else 1.5e-3),
-    )
+    epochs = config.epochs or task.epochs * (3 if small else 1)
+    rate = config.learning_rate or (1e-3 if small else 1.5e-3)
     config = dataclasses.replace(config, epochs=epochs, learning_rate=rate)
     policy = open_policy(config, task)
     settings = {name: getattr(config, name) for name in ("data", "worked", "wrong", "copies", "even_data_ratio")}
@@ -173,8 +163,7 @@ def prepare(config: SFTConfig) -> SFTRun:
         demonstrations=train, validation=policy.pack(*validation), rows=iter(()),
     )  # fmt: skip
     run.restore()
-    order = batches(len(train[0]), config.batch_size, steps, config.seed)
-    run.rows = itertools.islice(order, run.position.step, None)
+    run.rows = itertools.islice(batches(len(train[0]), config.batch_size, steps, config.seed), run.position.step, None)
     return run
 
 
@@ -204,8 +193,7 @@ def main() -> None:
         result = evaluate(policy, task, held_out, width, samples=4, batch_rows=config.batch_size)
     runs.write_json(Path(config.out) / "evaluation.json", {"last": result})
     print(results_table({config.out: result}))
-    kind = " --policy autoencoder" if isinstance(policy, GaussianPolicy) else ""
-    print(f"Next: python grpo.py --task {config.task} --model {config.out}{kind}")
+    print(f"Next: python grpo.py --task {config.task} --model {config.out} --policy {config.policy}")
 
 
 if __name__ == "__main__":
