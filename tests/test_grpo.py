@@ -78,9 +78,6 @@ def digits(prompts, completions, **_) -> list[float]:
     return [sum(c.isdigit() for c in text) / max(1, len(text)) for text in completions]
 
 
-# --- Prompts and rewards ----------------------------------------------------------------------------------------
-
-
 def test_prompts_cover_every_pass_once_in_a_new_order_and_need_no_history():
     examples = [Example(str(i)) for i in range(10)]
     steps = [[e.prompt for e in take_prompts(examples, step, 4, seed=3)] for step in range(1, 6)]
@@ -107,9 +104,6 @@ def test_rewards_are_weighted_and_a_missing_one_is_the_mean_of_its_group():
     stds = {"reward_std/whole": 0.5, "reward_std/other": math.sqrt(3.5)}
     missing = {"missing/whole": 4 / 6, "missing/other": 0}  # before they were filled in
     assert means == pytest.approx({"reward/whole": 1.5, "reward/other": 2.5} | stds | missing)
-
-
-# --- Update -----------------------------------------------------------------------------------------------------
 
 
 EXAMPLES = [Example("What is (4 - 9) * 6?"), Example("(1+2)"), Example("7*8=?")]
@@ -207,9 +201,6 @@ def test_not_finite_stops_before_the_weights_move():
             policy, None, optimizer, rollout, torch.full((3, 4), math.nan), GRPOConfig(beta=0.0, max_new_tokens=8)
         )
     assert all(torch.equal(a, b) for a, b in zip(start, policy.model.parameters(), strict=True))
-
-
-# --- The run ----------------------------------------------------------------------------------------------------
 
 
 def weights_of(run: runs.Run) -> dict[str, torch.Tensor]:
@@ -429,9 +420,6 @@ def test_the_loop_uses_the_numbers_of_the_docstring():
     assert numbers == list("123456")
     marked = re.findall(r"# \((\d)\)", inspect.getsource(grpo.train_step))
     assert marked == numbers, "one line each, in this order"
-
-
-# --- Command line -----------------------------------------------------------------------------------------------
 
 
 def command(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:

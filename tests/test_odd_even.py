@@ -34,9 +34,6 @@ def gaussian(seed: int = 0, noise: float = 0.5, numbers: int = 5) -> GaussianPol
     return GaussianPolicy(model, noise)
 
 
-# --- Data -----------------------------------------------------------------------------------------------------------
-
-
 def test_all_sums_are_asked_and_odd_ones_are_demonstrated():
     splits = odd_even()
     assert {name: len(examples) for name, examples in splits.items()} == {
@@ -92,9 +89,6 @@ def test_a_ratio_outside_0_to_1_is_refused(ratio):
         SFTConfig(task="odd_even", even_data_ratio=ratio)
 
 
-# --- Rewards --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("completion", "number"),
     [
@@ -140,9 +134,6 @@ def test_the_adaptive_bonus_follows_how_rare_even_answers_are():
     assert even_adaptive(None, ["2"], state={}, even_bonus=0.7) == [0.7]
     state = {}
     assert even_adaptive(None, ["1", "2", "1"], state, even_bonus=3) == [0, 1, 0] and state == {"even_bonus": 1}
-
-
-# --- The Gaussian policy --------------------------------------------------------------------------------------------
 
 
 def test_log_density_entropy_and_kl_are_those_of_torch_distributions():
@@ -232,9 +223,6 @@ def test_the_wrong_kind_of_policy_is_named(tmp_path, monkeypatch):
         SFTConfig(policy="perceptron")
     with pytest.raises(UserError, match="reads two integers"):
         sft.train(SFTConfig(task="arithmetic", policy="autoencoder", out=str(tmp_path / "a"), copies=1))
-
-
-# --- Learning -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

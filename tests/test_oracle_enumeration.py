@@ -40,9 +40,6 @@ def test_the_listed_completions_are_all_there_are(logits):
     assert len(COMPLETIONS) == 7 and log_probs(logits).sum(1).exp().sum().item() == pytest.approx(1, abs=1e-12)
 
 
-# --- The policy gradient --------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("surrogate", ["clip", "cispo", "reinforce"])
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
 @pytest.mark.parametrize(("advantage", "factor"), [("centered", 2 / 3), ("leave_one_out", 1.0)])
@@ -78,9 +75,6 @@ def test_the_other_aggregates_and_scales_are_biased_as_the_readme_says():
     assert angle > 15
     ((angle, length),) = bias(Algorithm(advantage="centered", aggregate="constant"), range(1))
     assert angle < 1e-4 and length == pytest.approx(1, abs=1e-9)
-
-
-# --- KL -------------------------------------------------------------------------------------------------------------
 
 
 def one_token(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -152,9 +146,6 @@ def test_over_sequences_the_kl_term_holds_the_visited_prefixes_fixed(logits, est
 def test_k1_as_a_loss_is_refused_with_the_reason():
     with pytest.raises(ValueError, match="exactly 0 in expectation.*kl_k1.*k2, k3 or k3_unbiased"):
         Algorithm(kl_estimator="k1")
-
-
-# --- Pairwise -------------------------------------------------------------------------------------------------------
 
 
 def objective(mean_logp: torch.Tensor, rewards: torch.Tensor, strength: float) -> torch.Tensor:

@@ -35,9 +35,6 @@ def float64(rows) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.float64)
 
 
-# --- Advantages -----------------------------------------------------------------------------------------------------
-
-
 @quick
 @given(groups, scales, st.floats(-50, 50, width=32))
 def test_advantages_sum_to_zero_and_do_not_change_when_all_rewards_rise_alike(rows, scale, shift):
@@ -121,9 +118,6 @@ def test_equal_rewards_are_a_flat_group_whatever_they_are_made_of(parts, weight,
     assert not pairwise_advantages(total, torch.randn(1, size), 2.0).any()
 
 
-# --- Loss -----------------------------------------------------------------------------------------------------------
-
-
 def batch(seed: int, rows: int = 6, length: int = 5):
     """logp, old, ref, advantages and a mask with rows of length 1 to `length`, in float64."""
     generator = torch.Generator().manual_seed(seed)
@@ -181,8 +175,6 @@ def test_the_order_of_the_rows_does_not_matter(name, seed, random):
     mixed, _ = policy_loss(*(x[order] for x in (logp, old, advantages, mask)), algorithm, ref[order])
     torch.testing.assert_close(mixed, loss, rtol=1e-12, atol=1e-14)
 
-
-# --- Update: what reaches the model ---------------------------------------------------------------------------------
 
 EXAMPLES = [Example("(4 - 9) * 6?"), Example("12"), Example("7*8=?")]
 

@@ -37,9 +37,6 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, atol: float = 1e-
     torch.testing.assert_close(actual, expected, rtol=0, atol=atol, check_dtype=False)
 
 
-# --- Sampler and scorer ---------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module", params=[1.0, 0.7])
 def case(request, random_policy, reopen):
     """A policy with several end ids, `transformers`' model of it, and a rollout with rows of different lengths."""
@@ -370,8 +367,6 @@ def test_unknown_and_empty_questions_are_refused(random_policy):
         policy.encode(["What is \x1b[2J?"])
     assert "\x1b" not in str(caught.value)
 
-
-# --- Draws ----------------------------------------------------------------------------------------------------------
 
 TINY, NEARLY_ONE = 2.0**-53, 1 - 2.0**-53
 

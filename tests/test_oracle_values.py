@@ -32,9 +32,6 @@ def test_the_rows_of_the_table_are_those_of_the_papers():
     assert {name: dataclasses.astuple(row) for name, row in ALGORITHMS.items()} == TABLE
 
 
-# --- Advantages -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("scale", "first", "second"),
     [
@@ -86,9 +83,6 @@ def test_overlong_penalty_by_hand():
     lengths = (1, 80, 81, 90, 99, 100)
     values = soft_overlong(100, 0.2)(completion_ids=[[0] * length for length in lengths])
     assert values == pytest.approx([0.0, 0.0, -0.05, -0.5, -0.95, -1.0], abs=1e-12)
-
-
-# --- Clip -----------------------------------------------------------------------------------------------------------
 
 
 def loss_of_one_token(ratio: float, advantage: float, algorithm: Algorithm, logp: float = 0.0) -> tuple[float, float]:
@@ -163,8 +157,6 @@ def test_stats_count_what_the_clip_removed():
         assert stats["clip_low"] == stats["clip_high"] == 0, "plain clips nothing, cispo caps and keeps the gradient"
 
 
-# --- Aggregation ----------------------------------------------------------------------------------------------------
-
 # Rows of 1, 2 and 4 tokens with A = 1 and log-probabilities -1, -2 and -4: each token's plain loss is 1, 2 or 4.
 ROWS = torch.tensor([[-1.0] * 4, [-2.0] * 4, [-4.0] * 4], dtype=torch.float64)
 ROWS_MASK = torch.arange(4) < torch.tensor([[1], [2], [4]])
@@ -203,9 +195,6 @@ def test_loss_at_the_first_update_is_minus_the_mean_advantage_but_its_gradient_i
     torch.testing.assert_close(logp.grad, expected, rtol=1e-12, atol=0)
 
 
-# --- KL -------------------------------------------------------------------------------------------------------------
-
-
 def test_kl_estimates_by_hand():
     """Policy at half the reference's probability (d = ln 2), then at twice; a ratio of 3 for the unbiased one."""
     logp, ref = torch.tensor([[0.0, math.log(2)], [math.log(2), 0.0]], dtype=torch.float64)
@@ -236,9 +225,6 @@ def test_the_kl_is_measured_whatever_the_estimator_of_the_loss():
         assert stats["kl"].item() == pytest.approx(2 * (math.log(2) - 0.5), rel=1e-5)
         assert stats["kl_k1"].item() == pytest.approx(2 * math.log(2), rel=1e-6) and stats["kl_clamped"] == 0
     assert policy_loss(logp - 100, logp, torch.zeros(1), mask, algorithm, ref)[1]["kl_clamped"] == 2
-
-
-# --- The whole loss -------------------------------------------------------------------------------------------------
 
 
 def random_batch(rows: int = 6, length: int = 5):
@@ -290,9 +276,6 @@ def test_gradients_are_finite_differences(name, kl_estimator):
         return policy_loss(x, before, advantages, mask, algorithm, ref)[0]
 
     assert torch.autograd.gradcheck(loss, logp.clone().requires_grad_(), eps=1e-6, atol=1e-7, rtol=1e-6)
-
-
-# --- Statistics -----------------------------------------------------------------------------------------------------
 
 
 def test_pass_at_k_by_hand():

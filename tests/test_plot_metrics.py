@@ -307,9 +307,6 @@ def test_help_states_the_defaults_and_nothing_heavy_is_imported(tmp_path):
     assert loaded.stdout.strip() == "[]"
 
 
-# --- Comparisons ----------------------------------------------------------------------------------------------------
-
-
 def write_setting(folder: Path, seed: int, held_out: float | None, rewards=(0.1, 0.2), **settings) -> Path:
     """A run of one setting; `accuracy` is 0.1, 0.2, ... and 64 completions are sampled a step."""
     evaluation = {"base": {}} if held_out is None else {"last": {"sampled_accuracy": held_out, "accuracy": held_out}}

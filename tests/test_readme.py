@@ -28,8 +28,6 @@ def prose(text: str) -> str:
     return re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
 
 
-# --- Commands: those in ```sh are run, those in ```bash take too long or need what is not here ----------------------
-
 LINES = [line for text in TEXTS.values() for block in blocks(text, "sh") for line in block.splitlines()]
 COMMANDS = [part for line in LINES for part in line.split(" && ")]
 NOT_HERE = ("python -m pip install", "python -m pytest")  # what runs this test has done both
@@ -85,9 +83,6 @@ def test_flags_that_are_named_exist():
     there += (ROOT / "tests" / "faults.py").read_text(encoding="utf-8")  # which reads --table without a parser
     for flag in sorted(set(re.findall(r"--[a-z][a-z-]+", "".join(TEXTS.values())))):
         assert flag in there or flag.replace("-", "_").replace("__", "--", 1) in there, flag
-
-
-# --- Tables ---------------------------------------------------------------------------------------------------------
 
 
 def test_tables_are_the_committed_results():
@@ -163,8 +158,6 @@ def test_each_function_that_a_figure_rests_on_has_its_test():
         assert case and line_of(f"tests/test_{name}.py", case), f"{file}, {function}: no test {test}"
 
 
-# --- Lines and links ------------------------------------------------------------------------------------------------
-
 # [`grpo.py:30`](grpo.py#L30) `group_advantages`, or `train_step (4)`: the comment (4) in that function.
 REFERENCE = re.compile(r"\[`([\w/]+\.py):(\d+)`\]\(([\w/]+\.py)#L(\d+)\) `([\w.]+)(?: \((\d)\))?`")
 
@@ -238,9 +231,6 @@ def test_relative_links_lead_somewhere(name):
 
 def test_the_readme_ends():
     assert len(README.splitlines()) <= 300 and len(README.encode()) <= 20_000
-
-
-# --- Extensions -----------------------------------------------------------------------------------------------------
 
 
 def block_with(text: str) -> str:

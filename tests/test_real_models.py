@@ -321,8 +321,6 @@ def test_a_bos_is_added_to_plain_prompts_once_and_left_to_the_chat_template(tmp_
     assert chat.tokenizer.decode(ids) == "<|bos|>user: What is 17<|im_end|>"
 
 
-# --- The commands ---------------------------------------------------------------------------------------------------
-
 CHATML = (
     "{% for m in messages %}<|im_end|>{{ m['role'] }}\n{{ m['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}<|im_end|>assistant\n{% endif %}"

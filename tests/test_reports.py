@@ -40,7 +40,6 @@ COMMANDS = {"grpo": (grpo.main, GRPOConfig), "sft": (sft.main, SFTConfig)}
 COMMANDS["inference"] = (inference.main, InferenceConfig)
 WIDTH = 6  # tokens: <answer>, two digits, </answer>, <eos>, and one to spare
 
-# --- What is known beforehand ---------------------------------------------------------------------------------------
 
 # One answer of ten is 10, four are 20, two are 30; in validation one of eight, six and one.
 SUMS = {
@@ -155,9 +154,6 @@ def train(model: Path, out: Path, **more) -> runs.Run:
     return grpo.train(GRPOConfig(**{"model": str(model), "out": str(out), **small, **more}))
 
 
-# --- Before and after -----------------------------------------------------------------------------------------------
-
-
 RUNS = {"plain": {}, "cold": {"temperature": 0.6}, "exploring": {"exploration_noise": 0.9}}
 RUNS["gaussian"] = {"task": "odd_even", "policy": "autoencoder", "exploration_noise": 0.9}
 
@@ -235,9 +231,6 @@ def test_best_is_what_the_run_folder_holds(answering, tmp_path, monkeypatch):
     assert [row["accuracy"] for row in results.values()] == [0.1, 0.3, 0.2]
 
 
-# --- The optimizer --------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def taken(monkeypatch) -> list[tuple]:
     """The rate of each optimizer step as it is taken, its betas, its weight decay, and how many tensors it moves."""
@@ -277,9 +270,6 @@ def test_sft_learns_at_the_rate_that_it_logs(random_policy, tmp_path, taken, dec
     sft.train(SFTConfig(model=str(tmp_path / "base"), out=str(tmp_path / "run"), **given, **decay))
     rates = [0.03, 0.05, 0.04, 0.03, 0.02, 0.01]
     check_steps(taken, tmp_path / "run", rates, decay.get("weight_decay", 0.01))
-
-
-# --- Rows that are decoded ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -363,9 +353,6 @@ def test_what_dynamic_sampling_joins_is_scored_as_it_was_sampled(random_policy, 
     assert all(line["sampler_gap"] < 1e-5 and line["ratio_max"] == 1 for line in lines)
 
 
-# --- The clock ------------------------------------------------------------------------------------------------------
-
-
 class Clock:
     """A clock that stands still but where a test lets work take its time."""
 
@@ -436,9 +423,6 @@ def test_rate_of_sft(random_policy, tmp_path, monkeypatch, clock):
     assert sum(counts[:3]) == sum(map(len, texts)) + len(texts)  # one token a character
 
 
-# --- Looking on -----------------------------------------------------------------------------------------------------
-
-
 def test_evaluation_leaves_weights_gradients_and_optimizer_as_they_were(random_policy, tmp_path):
     save(random_policy(end="05"), tmp_path / "base")
     run = train(tmp_path / "base", tmp_path / "run", learning_rate=0.01)
@@ -459,9 +443,6 @@ def test_a_run_does_not_depend_on_how_often_it_is_looked_at(outcome, command):
     often, rarely = outcome(command, "eval_every=1"), outcome(command, "eval_every=100")
     assert often["metrics"] != rarely["metrics"]
     assert often["weights"] == rarely["weights"] and often["moments"] == rarely["moments"]
-
-
-# --- Statistics of an evaluation ------------------------------------------------------------------------------------
 
 
 class Given:
@@ -538,8 +519,6 @@ def test_a_score_that_is_no_accuracy_has_a_bootstrap_interval_and_no_pass():
     assert evaluated("7788", ["7"] * 4, task)["overlap_low"] == 1.0
     assert evaluated("8888", ["7"] * 4, task).keys() & {"overlap", "overlap_low"} == set()
 
-
-# --- Settings -------------------------------------------------------------------------------------------------------
 
 # What is given, as NAME=VALUE, then other values of single settings by what they change, then what these need besides.
 GIVEN = {

@@ -36,9 +36,6 @@ def float64(rows) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.float64)
 
 
-# --- Advantages and loss ----------------------------------------------------------------------------------------------
-
-
 def test_a_group_is_flat_at_any_value():
     assert is_flat(float64([[1, 1], [0, 1], [0, 0]])).tolist() == [True, False, True]
 
@@ -80,9 +77,6 @@ def test_the_kl_metrics_come_beside_the_others_and_know_their_limit():
     for d, clamped in ((20.0, 0), (20.5, 1)):
         assert loss_of([[1.0]], [1], Algorithm(), float64([[d]]))[1]["kl_clamped"] == clamped
     assert kl_penalty(float64([0]), float64([20])).item() == pytest.approx(math.exp(20) - 21)
-
-
-# --- Prompts, rewards and what is measured ----------------------------------------------------------------------------
 
 
 def test_the_first_draw_is_the_default():
@@ -196,9 +190,6 @@ def test_when_training_stops_early(settings, stale, metrics, words):
     assert run.reason_to_stop(metrics) == words
 
 
-# --- Rollouts ---------------------------------------------------------------------------------------------------------
-
-
 def written(prompts, group, actions, texts="abc", truncated=None) -> Rollout:
     """A rollout written out, whose padding is 0."""
     prompts, actions = torch.tensor(prompts), torch.tensor(actions)
@@ -262,9 +253,6 @@ def test_a_packed_rollout_lies_on_the_policys_device(random_policy):
     assert {value.device.type for value in tensors} == {"meta"}
 
 
-# --- Sampling ---------------------------------------------------------------------------------------------------------
-
-
 def test_a_distribution_by_hand_over_the_last_of_three_dimensions():
     """1 to 3, at a temperature of 1/2 it is 1 to 9; half of it exploration; float32 at least, float64 where given."""
     logits = float64([[[0, math.log(3)], [7, 7 + math.log(3)], [-1, math.log(3) - 1]]])
@@ -273,9 +261,6 @@ def test_a_distribution_by_hand_over_the_last_of_three_dimensions():
         assert values.dtype == torch.float64
         torch.testing.assert_close(values, float64([[[small, 1 - small]] * 3]), rtol=1e-12, atol=0)
     assert log_distribution(logits.bfloat16(), 1.0).dtype == torch.float32
-
-
-# --- Statistics -------------------------------------------------------------------------------------------------------
 
 
 def test_the_bootstrap_draws_the_same_samples_on_every_machine():
@@ -338,9 +323,6 @@ def test_a_table_of_results_character_by_character():
     ]
 
 
-# --- Fine-tuning ------------------------------------------------------------------------------------------------------
-
-
 def test_a_warm_up_of_one_step_or_of_none_begins_at_the_top():
     for warmup in (0, 1):
         config = SFTConfig(learning_rate=2.0, warmup_steps=warmup)
@@ -356,9 +338,6 @@ def test_batches_are_these_row_numbers_on_every_machine():
     assert [len(batch) for batch in wide] == [7, 7, 7]
     rows = sum(wide, [])
     assert all(sorted(rows[i : i + 3]) == [0, 1, 2] for i in range(0, 21, 3))
-
-
-# --- Tasks ------------------------------------------------------------------------------------------------------------
 
 
 def checksum(examples: list[Example]) -> str:
@@ -449,9 +428,6 @@ def test_a_question_as_it_is_asked():
     assert pose(task, example, chat=False) == replace(example, prompt="Q: 1 + 1? (Tag it.)", question="1 + 1?")
     bare = pose(replace(task, chat_instruction=""), example, chat=True)
     assert bare.prompt == [{"role": "user", "content": "1 + 1?"}]
-
-
-# --- Rewards ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("function", [answer_near, answer_exact, answer_last, soft, nearest_exact, distance, overlap])

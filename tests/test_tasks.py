@@ -184,8 +184,6 @@ def test_an_unknown_task_is_named_with_those_there_are():
     assert find_task("arithmetic") is TASKS["arithmetic"]
 
 
-# --- Records from files ---------------------------------------------------------------------------------------------
-
 GSM8K = [
     {"question": f"How many are {i} and {i}?", "answer": f"{i}+{i} = <<{i}+{i}={2 * i}>>{2 * i}\n#### {2 * i:,}"}
     for i in range(400, 600)
