@@ -382,6 +382,10 @@ class GRPORun(Run):
             return self.task
         return dataclasses.replace(self.task, metrics={"total_reward": self.rewards.total, **self.task.metrics})
 
+    def warn(self, metrics: dict[str, float]) -> None:
+        alive = self.config.resolved_algorithm.advantage == "batch_mean"  # under which flat groups teach, too
+        super().warn(metrics | ({"zero_std_groups": 0.0} if alive else {}))
+
     def reason_to_stop(self, metrics: dict[str, float]) -> str | None:
         kl, limit = metrics.get("kl", 0), self.config.kl_limit
         if limit is not None and kl > limit:
@@ -489,6 +493,7 @@ def prepare(config: GRPOConfig) -> GRPORun:
     policy = open_policy(config, task, **sampling)
     data = load_task(task, policy is not None and policy.chat, config.limit, data=config.data)
     rewards.check_columns(config.task, data["train"][0].columns)
+    data = policy.fitting(data, config.max_new_tokens) if policy else data
     if policy is None and not (config.resume or config.overwrite) and (out / "base").exists():
         raise UserError(f"--out: {str(out / 'base')!r} exists; start from it with --model, or give --overwrite")
     runs.start_run(config, algorithm=dataclasses.asdict(algorithm))
@@ -497,9 +502,10 @@ def prepare(config: GRPOConfig) -> GRPORun:
     completions = f"{config.batch_size} x {config.num_generations} completions"
     print(f"{config.steps} steps on {config.task}, each of {completions} (a second or less for a toy), into {out}")
     print(f"{config.algorithm}: {algorithm}")
-    policy = policy or load(sft.toy(config), device, config.dtype, **sampling)
+    if policy is None:
+        policy = load(sft.toy(config), device, config.dtype, **sampling)
+        data = policy.fitting(data, config.max_new_tokens)
     policy.model.checkpointing = config.gradient_checkpointing
-    data = policy.fitting(data, config.max_new_tokens)
     reference = frozen(policy) if algorithm.beta > 0 else None
     start = reference if reference and not config.ref_update_every else policy
     if "scorer" in rewards.inputs:

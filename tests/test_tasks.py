@@ -355,7 +355,7 @@ def test_from_the_hub_come_all_parts_of_a_source(name, monkeypatch):
     assert len(calls) == {"math": 14, "gsm8k": 2, "smoltldr": 2}.get(name, 1)
 
 
-@pytest.mark.parametrize("name", ["arithmetic", "odd_even"])
+@pytest.mark.parametrize("name", [task.name for task in TASKS.values() if task.toy])
 def test_a_limit_takes_the_first_of_each_split_of_every_task(name):
     task = find_task(name)
     whole, few = load_task(task, False), load_task(task, False, 3)
