@@ -386,7 +386,7 @@ def dry_run(config) -> str:
     longest = max(map(len, policy.encode([example.prompt for example in data["train"]])))
     alone = config.ref_update_every or row.beta == 0  # so that the scorer is no reference
     rewards = Rewards.from_settings(dataclasses.replace(config, rewards=config.rewards or task.rewards))
-    copied = "scorer" in rewards.inputs and bool(alone or config.scorer)
+    copied = rewards.needs_scorer and bool(alone or config.scorer)
     estimate = plan(
         policy, config.batch_size * config.num_generations, config.batch_size, longest, width,
         micro_batch_tokens=config.micro_batch_tokens, inner_updates=config.num_inner_updates,

@@ -508,8 +508,8 @@ def prepare(config: GRPOConfig) -> GRPORun:
     policy.model.checkpointing = config.gradient_checkpointing
     reference = frozen(policy) if algorithm.beta > 0 else None
     start = reference if reference and not config.ref_update_every else policy
-    if "scorer" in rewards.inputs:
-        rewards.inputs["scorer"] = make_scorer(config, start)
+    if rewards.needs_scorer:
+        rewards.take_scorer(make_scorer(config, start))
     run = GRPORun(
         config=config, policy=policy, optimizer=runs.adamw(policy.model, weight_decay=0.0), last_step=config.steps,
         task=task, data=data, rewards=rewards, reference=reference,

@@ -470,6 +470,14 @@ class Rewards:
             inputs["endpoint"] = Judge(url, settings.judge_model, settings.judge_scale, key)
         return cls(mix, inputs)
 
+    @property
+    def needs_scorer(self) -> bool:
+        return "scorer" in self.inputs
+
+    def take_scorer(self, scorer: Callable[..., list[float]]) -> None:
+        """Give the functions that ask for it a scorer: (prompts, completions, completion_ids) -> B floats."""
+        self.inputs["scorer"] = scorer
+
     def check_columns(self, task: str, columns: dict) -> None:
         """Raise UserError for a function that asks for what neither the task's examples nor the run have."""
         given = dict.fromkeys(["prompts", "completions", "completion_ids", "state", *self.inputs, *columns])
