@@ -72,7 +72,7 @@ FAULTS = [
     Fault(
         "each micro-batch divided by its own number of tokens",
         "allenai/open-instruct#1161",
-        "grpo.py", "algorithm, ref, denominator\n", "algorithm, ref, None\n",
+        "grpo.py", "algorithm, ref, denominator)", "algorithm, ref, None)",
         "oracle_properties::test_micro_batches_of_1_of_2_and_of_all_rows_give_the_same_update[dapo]",
     ),
     Fault(
