@@ -95,27 +95,28 @@ def measure_rollout(rollout: Rollout, rewards: torch.Tensor, examples: list[Exam
 
 
 def measure_completions(
-    policy: Policy, task: Task, examples: list[Example], max_new_tokens: int, group_size: int, greedy: bool, seed: int,
-    batch_rows: int,
-) -> list[dict]:  # fmt: skip
-    """Sample each problem without exploration; a record for each completion, with its question and all measures."""
-    records, size = [], max(1, batch_rows // group_size)
+    policy: Policy, task: Task, examples: list[Example], max_new_tokens: int, seed: int, batch_rows: int,
+    group_size: int, greedy: bool,
+) -> dict[str, list]:  # fmt: skip
+    """Sample each problem without exploration: texts (under "completion") and every measure, a value a completion."""
+    table: dict[str, list] = {name: [] for name in ("completion", *task.metrics, "length", "truncated")}
+    size = max(1, batch_rows // group_size)
     for start in range(0, len(examples), size):
         part = examples[start : start + size]
         rollout = policy.sample(part, group_size, (seed, 0, 0), max_new_tokens, greedy, start, explore=False)
         rows = [example for example in part for _ in range(group_size)]
-        measured = {name: apply_reward(name, function, rows, rollout) for name, function in task.metrics.items()}
-        measured |= {"length": rollout.mask.sum(1).tolist(), "truncated": rollout.truncated.tolist()}
-        for i, (example, text) in enumerate(zip(rows, rollout.texts, strict=True)):
-            record = {"question": example.question, **example.columns, "greedy": greedy, "completion": text}
-            records.append(record | {name: values[i] for name, values in measured.items()})
-    return records
+        table["completion"] += rollout.texts
+        for name, function in task.metrics.items():
+            table[name] += apply_reward(name, function, rows, rollout)
+        table["length"] += rollout.mask.sum(1).tolist()
+        table["truncated"] += rollout.truncated.tolist()
+    return table
 
 
-def summarize(task: Task, records: list[dict], group_size: int) -> tuple[dict[str, float], np.ndarray]:
+def summarize(task: Task, table: dict[str, list], group_size: int) -> tuple[dict[str, float], np.ndarray]:
     """The mean of every measure, and the scores (problems, group_size), a missing one filled by the mean."""
-    means = known_means({name: [r[name] for r in records] for name in (*task.metrics, "length", "truncated")})
-    scores = [record[task.score] for record in records] if task.score in means else []
+    means = known_means({name: values for name, values in table.items() if name != "completion"})
+    scores = table[task.score] if task.score in means else []
     filled = [means[task.score] if score is None else score for score in scores]
     return means, np.array(filled).reshape(-1, group_size)
 
@@ -129,23 +130,30 @@ def evaluate(
     A task whose score is no accuracy has the mean of that instead, and no pass@k. A record of each completion is
     appended to `outputs`, where that is given.
     """
-    draw = functools.partial(
-        measure_completions, policy, task, examples, max_new_tokens, seed=seed, batch_rows=batch_rows
-    )
-    records = draw(group_size=1, greedy=True)
-    means, scores = summarize(task, records, 1)
+    draw = functools.partial(measure_completions, policy, task, examples, max_new_tokens, seed, batch_rows)
+    likeliest = draw(group_size=1, greedy=True)
+    means, scores = summarize(task, likeliest, 1)
     result = {"problems": len(examples), **means}
     for name in [name for name in means if name in (task.score, "lenient")]:
         shares = name in ("accuracy", "lenient")  # of problems, each right or wrong
         interval = wilson(means[name] * len(examples), len(examples)) if shares else bootstrap(scores.mean(1))
         result[f"{name}_low"], result[f"{name}_high"] = interval
+    if outputs is not None:
+        outputs += records(examples, likeliest, greedy=True)
     if samples:
         drawn = draw(group_size=samples, greedy=False)
         result |= sampled_results(task, *summarize(task, drawn, samples))
-        records += drawn
-    if outputs is not None:
-        outputs += records
+        if outputs is not None:
+            outputs += records(examples, drawn, greedy=False)
     return result
+
+
+def records(examples: list[Example], table: dict[str, list], greedy: bool) -> list[dict]:
+    """A record for each completion of a table, with its question and all measures."""
+    rows = [example for example in examples for _ in range(len(table["completion"]) // len(examples))]
+    measured = (dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True))
+    asked = ({"question": row.question, **row.columns, "greedy": greedy} for row in rows)
+    return [question | measures for question, measures in zip(asked, measured, strict=True)]
 
 
 def make_scorer(config, start: Policy) -> Callable[..., list[float]]:
