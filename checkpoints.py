@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from model_toy import Autoencoder, AutoencoderConfig, Llama, LlamaConfig
-from policy import GaussianPolicy, Policy, TokenPolicy
+from policy import GaussianPolicy, Policy, TokenPolicy, most_logits
 from rewards import Rewards
 from runs import UserError, load_tensors, load_weights, read_json, save_weights, write_json
 from tasks import Task, find_task, load_task
@@ -28,12 +28,9 @@ class HubCache:
 
         self.inner = DynamicCache()
 
-    def select(self, rows: torch.Tensor, room: int = 0) -> "HubCache":
-        """These rows (int64 indices, repeats allowed); it grows by concatenation, so `room` is not needed."""
-        copy = HubCache()
-        for i, layer in enumerate(self.inner.layers):
-            copy.inner.update(layer.keys.index_select(0, rows), layer.values.index_select(0, rows), i)
-        return copy
+    def select(self, rows: torch.Tensor, room: int = 0) -> None:
+        """Keep these rows (int64 indices, repeats allowed); it grows by concatenation, so `room` is not needed."""
+        self.inner.batch_select_indices(rows)
 
 
 class HubModel(nn.Module):
@@ -312,10 +309,10 @@ class Plan:
 
     @property
     def peak(self) -> float:
-        """Bytes at the larger of the two moments: sampling (cache) and update (gradients, activations, logits)."""
+        """Bytes at the larger of the two moments: sampling, and update (gradients, activations, logits)."""
         size = {name: number for name, (number, _) in self.parts.items()}
-        kept = size["weights"] + size["optimizer"] + size["reference"]
-        return kept + max(size["cache"], size["gradients"] + size["activations"] + size["logits"])
+        kept = size["process"] + size["weights"] + size["optimizer"] + size["reference"]
+        return kept + max(size["sampling"], size["gradients"] + size["activations"] + size["logits"])
 
     def table(self) -> str:
         lines = [f"{name:<12} {number / 1e9:8.2f} GB   {flag}" for name, (number, flag) in self.parts.items()]
@@ -329,38 +326,55 @@ class Plan:
 
 
 def plan(policy: TokenPolicy, rows: int, prompts: int, prompt_tokens: int, max_new_tokens: int, **settings) -> Plan:
-    """The memory and work of a step of `rows` completions of `prompts` prompts, at full length, the process aside.
+    """The memory and work of a step of `rows` completions of `prompts` prompts, at full length.
 
-    `settings`: micro_batch_tokens, inner_updates, reference (how many frozen copies), device. Activations are
-    counted per token and layer as what the backward pass of a Llama keeps: about ten vectors of the hidden size and
-    four of the intermediate size.
+    `settings`: micro_batch_tokens, inner_updates, reference (how many frozen copies), device. Counted is what a packed
+    Llama keeps for the backward pass of its largest micro-batch: seven vectors of the hidden size and four of the
+    intermediate size for each token and layer, and the padded queries, keys, values and scores of its attention.
     """
     model, config = policy.model, policy.model.config
-    weights, low = sum(weight.numel() for weight in model.parameters()), policy.dtype != torch.float32
-    layers, hidden = config.num_hidden_layers, config.hidden_size
-    inner = getattr(config, "intermediate_size", None) or 4 * hidden
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = (getattr(config, "head_dim", None) or hidden // config.num_attention_heads) * heads
-    tokens = prompts * prompt_tokens + rows * max_new_tokens
-    batch = min(tokens, max(settings["micro_batch_tokens"], prompt_tokens + max_new_tokens))
-    layer = batch * (10 * hidden + 4 * inner) * (3 if low else 4)
-    activations = layers * batch * hidden * 4 + layer if model.checkpointing else layers * layer
-    whole = getattr(model, "full_logits", False)
-    logits = 4 * 4 * batch * config.vocab_size if whole else 4 * 4 * min(policy.chunk_logits, batch * config.vocab_size)
-    updates = (8 if model.checkpointing else 6) * settings["inner_updates"]
+    low, layers, hidden = policy.dtype != torch.float32, config.num_hidden_layers, config.hidden_size
+    weights, size = sum(weight.numel() for weight in model.parameters()), 2 if low else 4
+    inner, heads = getattr(config, "intermediate_size", None) or 4 * hidden, config.num_attention_heads
+    width = getattr(config, "head_dim", None) or hidden // heads
+    width *= getattr(config, "num_key_value_heads", None) or heads
+    length, group, budget = prompt_tokens + max_new_tokens, rows // prompts, settings["micro_batch_tokens"]
+    # The largest micro-batch: whole groups, or as much of one as fits.
+    groups = min(prompts, budget // (prompt_tokens + group * max_new_tokens))
+    batch = groups * group or min(group, max(1, budget // length))
+    before = max(1, groups) * prompt_tokens  # tokens of its prompts
+    tokens = before + batch * max_new_tokens
+    layer = tokens * (28 * hidden + 4 * inner * size) + 4 * before * hidden * size
+    layer += batch * size * (2 * length * hidden + max_new_tokens * (hidden + heads * length))
+    kept = layers * tokens * hidden * 4 + layer if model.checkpointing else layers * layer
+    whole, scores = getattr(model, "full_logits", False), batch * max_new_tokens * config.vocab_size
+    most = scores if whole else policy.chunk_logits or most_logits(settings["device"])
+    copy = 4 * weights
+    if low:  # linear layers in two bytes; the embedding in four, and no longer one with the output layer
+        embedding = config.vocab_size * hidden
+        copy = 2 * (weights + embedding * (1 + bool(getattr(config, "tie_word_embeddings", False))))
+    cache = 2 * size * layers * width * rows * length + 5 * 4 * rows * config.vocab_size
     parts = {
+        "process": (own_bytes(settings["device"]), "Python and its libraries"),
         "weights": (4 * weights, "a smaller --model"),
         "optimizer": (8 * weights, "a smaller --model"),
-        "reference": ((2 if low else 4) * weights * settings["reference"], "--dtype bfloat16, or --beta 0"),
-        "cache": (
-            (4 if low else 8) * layers * width * rows * (prompt_tokens + max_new_tokens),
-            "--batch-size, --num-generations or --max-new-tokens",
-        ),
-        "gradients": (4 * weights, "a smaller --model"),
-        "activations": (activations, "--gradient-checkpointing, then --micro-batch-tokens"),
-        "logits": (logits, "--micro-batch-tokens" if whole else "bounded by chunks"),
+        "reference": (copy * settings["reference"], "--dtype bfloat16, or --beta 0"),
+        "sampling": (cache + low * copy, "--batch-size, --num-generations or --max-new-tokens"),
+        "gradients": ((6 if low else 4) * weights, "a smaller --model"),  # bfloat16: with autocast's copies
+        "activations": (kept + 3 * tokens * inner * size, "--gradient-checkpointing, then --micro-batch-tokens"),
+        "logits": (4 * 4 * min(most, scores), "--micro-batch-tokens" if whole else "bounded by chunks"),
     }
-    return Plan(parts, weights * tokens * (2 + 2 * settings["reference"] + updates), free_bytes(settings["device"]))
+    passes = 2 + 2 * settings["reference"] + (8 if model.checkpointing else 6) * settings["inner_updates"]
+    work = weights * passes * (prompts * prompt_tokens + rows * max_new_tokens)
+    return Plan(parts, work, free_bytes(settings["device"]))
+
+
+def own_bytes(device: torch.device) -> float:
+    """Resident bytes of this process where the model lies in the same memory and the system says so, else 0."""
+    pages = Path("/proc/self/statm")
+    if device.type != "cpu" or not pages.exists():
+        return 0.0
+    return float(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def free_bytes(device: torch.device) -> float | None:

@@ -37,8 +37,9 @@ import runs
 import sft
 from checkpoints import choose_device, dry_run, load, open_policy, save
 from inference import evaluate_run, make_scorer, measure_rollout, report, show_number
-from policy import Policy, Rollout, frozen, join, mean_log_probs, micro_batches, score_rollout
+from policy import Policy, frozen, mean_log_probs, score_rollout
 from rewards import Rewards, RewardSettings, soft_overlong
+from rollouts import Rollout, join, micro_batches
 from runs import Run, RunSettings, UserError, option, out_of_memory
 from tasks import TASKS, Example, Task, find_task, load_task, take_prompts
 
@@ -298,7 +299,9 @@ def update(
     it and clears the gradient.
     """
     algorithm, order = config.resolved_algorithm, advantages
-    batches = [(rows, rollout.select(rows)) for rows in micro_batches(rollout, config.micro_batch_tokens)]
+    batches = [
+        (rows, rollout.select(rows)) for rows in micro_batches(rollout, config.micro_batch_tokens, policy.layout)
+    ]
     denominator = loss_denominator(rollout.mask, algorithm.aggregate, config.max_new_tokens)
     old_logps, losses, norms = [], [], []
     sums, peaks = Counter(), {"ratio_max": 0.0, "sampler_gap": 0.0}

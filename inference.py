@@ -19,8 +19,9 @@ import numpy as np
 import torch
 
 from checkpoints import choose_device, find_checkpoint, load
-from policy import Policy, Rollout, TokenPolicy, frozen, mean_log_probs
+from policy import Policy, TokenPolicy, frozen, mean_log_probs
 from rewards import answer_format, apply_reward, extract_answer, text_of
+from rollouts import Rollout
 from runs import (
     UserError,
     append_json,

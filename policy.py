@@ -1,4 +1,4 @@
-"""What acts and is scored: rollouts, and policies with two verbs, `sample` and `log_probs`, side by side.
+"""What acts and is scored: policies with two verbs, `sample` and `log_probs`, side by side.
 
 Shapes: P prompts, G completions of each, B = P * G rows (prompt-major), L prompt tokens after left padding,
 T completion tokens after right padding, V vocabulary, C hidden size.
@@ -8,9 +8,10 @@ import contextlib
 import copy
 import dataclasses
 import math
+import os
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,108 +20,24 @@ from torch.utils.checkpoint import checkpoint
 
 from model_toy import Autoencoder, Llama
 from rewards import to_number
+from rollouts import Packed, Rollout, micro_batches
 from runs import UserError, printable
 from tasks import Example
 
 
-@dataclass
-class Rollout:
-    """Sampled completions and the prompts they belong to; ids are carried, text is never tokenized again."""
-
-    prompts: torch.Tensor  # (P, L) int64, padded on the left
-    prompt_mask: torch.Tensor  # (P, L) bool, true on real tokens
-    group: torch.Tensor  # (B,) int64, the prompt of each row
-    actions: torch.Tensor  # (B, T) int64 completion ids, padded on the right
-    mask: torch.Tensor  # (B, T) bool, true up to and including the end token
-    sampler_logp: torch.Tensor  # (B, T) float32 or wider, the sampler's own log-probabilities
-    truncated: torch.Tensor  # (B,) bool, cut by the length limit
-    texts: list[str]  # (B,) completions without special tokens
-
-    def select(self, rows: torch.Tensor) -> "Rollout":
-        """The rollout of some rows (int64 indices), with only their prompts and no more padding than they need."""
-        prompts, group = torch.unique(self.group[rows], return_inverse=True)
-        start = int(self.prompt_mask[prompts].any(0).int().argmax())
-        width = int(self.mask[rows].sum(1).max())
-        return Rollout(
-            prompts=self.prompts[prompts, start:],
-            prompt_mask=self.prompt_mask[prompts, start:],
-            group=group,
-            actions=self.actions[rows, :width],
-            mask=self.mask[rows, :width],
-            sampler_logp=self.sampler_logp[rows, :width],
-            truncated=self.truncated[rows],
-            texts=[self.texts[row] for row in rows.tolist()],
-        )
-
-    def to(self, device: torch.device) -> "Rollout":
-        """The rollout with every tensor on `device`."""
-        tensors = {name: value.to(device) for name, value in vars(self).items() if torch.is_tensor(value)}
-        return dataclasses.replace(self, **tensors)
-
-    @property
-    def completion_ids(self) -> list[list[int]]:
-        """The sampled ids of each row, its end token included."""
-        return [ids[keep].tolist() for ids, keep in zip(self.actions.cpu(), self.mask.cpu(), strict=True)]
-
-
-def join(rollouts: Sequence[Rollout]) -> Rollout:
-    """One rollout of several, padded to the widest."""
-
-    def stack(name: str, left: bool = False) -> torch.Tensor:
-        tensors = [getattr(rollout, name) for rollout in rollouts]
-        gaps = [max(tensor.shape[1] for tensor in tensors) - tensor.shape[1] for tensor in tensors]
-        return torch.cat([F.pad(x, (gap, 0) if left else (0, gap)) for x, gap in zip(tensors, gaps, strict=True)])
-
-    starts = np.cumsum([0] + [len(rollout.prompts) for rollout in rollouts]).tolist()
-    return Rollout(
-        **{name: stack(name, left=True) for name in ("prompts", "prompt_mask")},
-        **{name: stack(name) for name in ("actions", "mask", "sampler_logp")},
-        group=torch.cat([rollout.group + start for rollout, start in zip(rollouts, starts, strict=False)]),
-        truncated=torch.cat([rollout.truncated for rollout in rollouts]),
-        texts=[text for rollout in rollouts for text in rollout.texts],
-    )
-
-
-def micro_batches(rollout: Rollout, token_budget: int) -> list[torch.Tensor]:
-    """Cut the rows into micro-batches of at most `token_budget` tokens, padding included; returns row indices.
-
-    Groups are sorted by length, longest first (so that memory runs out at once or not at all), and stay whole where
-    they fit. A group less than half as long as the longest of its micro-batch starts a new one, to save padding.
-    """
-    lengths, prompt_lengths = rollout.mask.sum(1).tolist(), rollout.prompt_mask.sum(1).tolist()
-    members: dict[int, list[int]] = {}
-    for row, group in enumerate(rollout.group.tolist()):
-        members.setdefault(group, []).append(row)
-    units = []  # (tokens of the longest completion, prompt tokens, rows)
-    for group, rows in members.items():
-        width, prompt = max(lengths[row] for row in rows), prompt_lengths[group]
-        fit = len(rows) if prompt + len(rows) * width <= token_budget else max(1, token_budget // (prompt + width))
-        units += [(width, prompt, rows[i : i + fit]) for i in range(0, len(rows), fit)]
-    batches: list[list[int]] = []
-    longest = widest = prompts = 0
-    for width, prompt, rows in sorted(units, key=lambda unit: -unit[0]):
-        widest = max(widest, prompt)
-        tokens = (prompts + 1) * widest + (len(batches[-1]) + len(rows)) * longest if batches else 0
-        if not batches or tokens > token_budget or 2 * width < longest:
-            batches.append([])
-            longest, widest, prompts = width, prompt, 0
-        batches[-1] += rows
-        prompts += 1
-    return [torch.tensor(sorted(rows), device=rollout.mask.device) for rows in batches]
-
-
 def row_uniforms(key: Sequence[int], prompts: Sequence[int], group_size: int, length: int) -> torch.Tensor:
-    """Uniforms (B, T) float64 in the open interval (0, 1), a Philox stream per row: key is (seed, step, draw).
+    """Uniforms (B, T) float64 in the open interval (0, 1); key is (seed, step, draw).
 
-    A row's numbers follow from its own coordinates alone, so nothing else in the batch can change them.
+    Each row is a stream of SplitMix64 (Steele, Lea and Flood 2014), begun at a number that Philox draws for its
+    prompt: it follows from the row's own coordinates alone, so nothing else in the batch can change it.
     """
-    streams = [
-        np.random.Philox(np.random.SeedSequence([*key, prompt, completion])).random_raw(length)
-        for prompt in prompts
-        for completion in range(group_size)
-    ]
+    streams = [np.random.Philox(np.random.SeedSequence([*key, prompt])).random_raw(group_size) for prompt in prompts]
+    z = np.concatenate(streams)[:, None] + np.arange(1, length + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    z = z ^ (z >> np.uint64(31))
     # 52 bits and a half step: both ends of the interval stay out of reach, and the sum is exact in float64.
-    return torch.from_numpy(((np.stack(streams) >> np.uint64(12)) + 0.5) * 2.0**-52)
+    return torch.from_numpy(((z >> np.uint64(12)) + 0.5) * 2.0**-52)
 
 
 def log_distribution(logits: torch.Tensor, temperature: float, noise: float = 0.0) -> torch.Tensor:
@@ -136,17 +53,39 @@ def log_distribution(logits: torch.Tensor, temperature: float, noise: float = 0.
     return torch.logaddexp(log_probs + math.log1p(-noise), uniform)
 
 
-def inverse_cdf(log_probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+def most_logits(device: torch.device) -> int:
+    """How many logits may exist at once: in float32 a 64th of the device's memory, whatever of it is free."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory // 256
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 256
+    except (AttributeError, OSError, ValueError):  # not everywhere
+        return 2**24
+
+
+def inverse_cdf(log_probs: torch.Tensor, uniform: torch.Tensor, block: int = 256) -> torch.Tensor:
     """The token (B,) whose slice of the cumulative distribution (B, V) holds the uniform (B,).
 
-    The sum runs in float64. The token is the first whose cumulative weight exceeds u * total, so never one of
-    probability 0; rounding of u * total up to the total itself gives the last token that has any weight.
+    Sums run in float64, over blocks of the vocabulary and then within one. The token is the first whose cumulative
+    weight exceeds u * total, so never one of probability 0; rounding of u * total up to the total itself gives the
+    last token that has any weight.
     """
-    cumulative = log_probs.exp().to(uniform.device).cumsum(-1, dtype=torch.float64)
-    total = cumulative[:, -1:].contiguous()
-    token = torch.searchsorted(cumulative, uniform[:, None] * total, right=True)
-    last = torch.searchsorted(cumulative, total, right=False)
-    token = torch.minimum(token, last).clamp(max=log_probs.shape[1] - 1)[:, 0]  # NaN must not give index V either
+
+    def first_above(cumulative: torch.Tensor, goal: torch.Tensor) -> torch.Tensor:
+        total = cumulative[:, -1:].contiguous()
+        index = torch.searchsorted(cumulative, goal, right=True)
+        last = torch.searchsorted(cumulative, total, right=False)
+        return torch.minimum(index, last).clamp(max=cumulative.shape[1] - 1)  # NaN must not give an index too large
+
+    weights, block = log_probs.exp().to(uniform.device), min(block, log_probs.shape[1])
+    blocks = F.pad(weights, (0, -weights.shape[1] % block)).unflatten(1, (-1, block))  # (B, V / block, block)
+    sums = blocks.sum(-1, dtype=torch.float64)
+    ends = sums.cumsum(-1)
+    goal = uniform[:, None] * ends[:, -1:]
+    chosen = first_above(ends, goal)
+    before = (ends - sums).gather(1, chosen)
+    inside = blocks[torch.arange(len(blocks), device=blocks.device), chosen[:, 0]].cumsum(-1, dtype=torch.float64)
+    token = (chosen * block + first_above(inside, goal - before))[:, 0].clamp(max=weights.shape[1] - 1)
     return token.to(log_probs.device)
 
 
@@ -156,8 +95,9 @@ class TokenPolicy:
     Both use the same temperature and exploration noise, the full vocabulary and float32 from the logits on.
     """
 
+    look_every: int | None = None  # tokens between two looks for ended rows; None: 8 on a GPU, else 1
     drop_below = 0.9  # compact the batch once fewer rows than this are still decoding
-    chunk_logits = 2**24  # most logits at once while scoring: 64 MiB in float32
+    chunk_logits: int | None = None  # most logits at once while scoring; None: a 64th of the memory, in float32
     dtype = torch.float32  # of the matrix products
 
     def __init__(self, model: Llama, tokenizer, temperature=1.0, end_ids: Sequence[int] = (), exploration_noise=0.0):
@@ -207,27 +147,38 @@ class TokenPolicy:
                 raise UserError(f"--max-new-tokens {max_new_tokens} leaves no room for any question; lower it")
         return kept
 
-    def demonstrations(self, examples: list[Example]) -> tuple[list[list[int]], list[list[int]], list[str]]:
-        """Prompt ids, completion ids with the end token, and texts of all demonstrations that fit."""
-        pairs = [(example.prompt, text) for example in examples for text in example.demonstrations]
-        prompts = self.encode([prompt for prompt, _ in pairs])
-        texts, end = [text for _, text in pairs], self.tokenizer.eos_token_id
-        end = self.end_ids[0] if end is None else end
-        ids = self.tokenizer(texts, add_special_tokens=False).input_ids if texts else []
-        rows = list(zip(prompts, [row + [end] for row in ids], texts, strict=True))
-        room = self.model.max_length
-        kept = [row for row in rows if len(row[0]) + len(row[1]) <= room]
-        if len(kept) < len(rows):
-            print(f"left out {len(rows) - len(kept)} of {len(rows)} demonstrations of more than {room} tokens")
-        return tuple(map(list, zip(*kept, strict=True))) if kept else ([], [], [])
+    def demonstrations(self, examples: list[Example]) -> tuple[Rollout, torch.Tensor] | None:
+        """A rollout of all demonstrations that fit, equal ones once, and how often each occurs (B,); None if none."""
+        rows = [
+            (group, text, count)
+            for group, example in enumerate(examples)
+            for text, count in Counter(example.demonstrations).items()
+        ]
+        if not rows:
+            return None
+        groups, texts, counts = map(list, zip(*rows, strict=True))
+        end = self.end_ids[0] if self.tokenizer.eos_token_id is None else self.tokenizer.eos_token_id
+        ids = [row + [end] for row in self.tokenizer(texts, add_special_tokens=False).input_ids]
+        rollout = self.pack(self.encode([example.prompt for example in examples]), ids, texts, groups)
+        copies, room = torch.tensor(counts, device=self.device), self.model.max_length
+        fits = rollout.prompt_mask.sum(1)[rollout.group] + rollout.mask.sum(1) <= room
+        if not fits.all():
+            out = int(copies.sum() - copies[fits].sum())
+            print(f"left out {out} of {int(copies.sum())} demonstrations of more than {room} tokens")
+        return (rollout.select(fits.nonzero()[:, 0]), copies[fits]) if fits.any() else None
 
-    def pack(self, prompts: list[list[int]], completions: list[list[int]], texts: list[str]) -> Rollout:
-        """A rollout of given completions (ids, each with its end token), one for each prompt, on the device."""
+    def pack(
+        self, prompts: list[list[int]], completions: list[list[int]], texts: list[str], group: list[int] | None = None
+    ) -> Rollout:
+        """A rollout of given completions (ids, each with its end token), on the device.
+
+        `group` is the prompt of each completion; without it, they are as many as prompts and in the same order.
+        """
         length, width = max(map(len, prompts)), max(map(len, completions))
         return Rollout(
             prompts=torch.tensor([[self.pad_id] * (length - len(ids)) + ids for ids in prompts]),
             prompt_mask=torch.tensor([[False] * (length - len(ids)) + [True] * len(ids) for ids in prompts]),
-            group=torch.arange(len(prompts)),
+            group=torch.tensor(range(len(prompts)) if group is None else group),
             actions=torch.tensor([ids + [self.pad_id] * (width - len(ids)) for ids in completions]),
             mask=torch.tensor([[True] * len(ids) + [False] * (width - len(ids)) for ids in completions]),
             sampler_logp=torch.zeros(len(completions), width),
@@ -259,14 +210,15 @@ class TokenPolicy:
         prompt, cache = self.prompt_inputs(packed), self.model.new_cache()
         key_mask = None if prompt["key_mask"] is None else packed.prompt_mask[group]
         lengths = packed.prompt_mask.sum(1)[group]
-        with torch.inference_mode(), self.autocast():
-            hidden = self.model(packed.prompts, **prompt, cache=cache)[group, -1]  # (B, C)
-            cache = cache.select(group, room=max_new_tokens - 1)
-            decoded = self.decode(hidden, cache, lengths, key_mask, uniforms, choose, noise)
+        actor = self if self.dtype == torch.float32 else frozen(self)  # casts the weights once, not at each token
+        with torch.no_grad(), self.autocast():
+            hidden = actor.model(packed.prompts, **prompt, cache=cache)[group, -1]  # (B, C)
+            cache.select(group, room=max_new_tokens - 1)
+            decoded = actor.decode(hidden, cache, lengths, key_mask, uniforms, choose, noise)
         if not decoded[2].isfinite().all():
             raise FloatingPointError("the model's log-probabilities are not finite")
         width = int(decoded[1].sum(1).max())
-        actions, mask, logp = (x[:, :width].clone() for x in decoded)  # autograd takes no tensor of inference mode
+        actions, mask, logp = (x[:, :width].contiguous() for x in decoded)
         last = actions.gather(1, mask.sum(1, keepdim=True) - 1)[:, 0]
         truncated = ~torch.isin(last, torch.tensor(self.end_ids, device=self.device))
         rollout = dataclasses.replace(
@@ -279,7 +231,8 @@ class TokenPolicy:
         """Decode up to T tokens for each row: ids (B, T), mask (B, T), log-probabilities (B, T) float32 or wider.
 
         `hidden` (B, C) predicts the first token, which stands at `positions` (B,); `choose` turns log-probabilities
-        (rows, V) and uniforms (rows,) into tokens. Ended rows are dropped from the batch, a tenth of it at a time.
+        (rows, V) and uniforms (rows,) into tokens. Ended rows are dropped from the batch, a tenth of it at a time; on
+        a GPU, which would have to wait for the count, only every eighth token looks for them.
         """
         actions = torch.full(uniforms.shape, self.pad_id, device=self.device)
         mask = torch.zeros_like(actions, dtype=torch.bool)
@@ -287,62 +240,76 @@ class TokenPolicy:
         ends = torch.tensor(self.end_ids, device=self.device)
         rows = torch.arange(len(actions), device=self.device)  # the rows that are still in the batch
         going = torch.ones_like(rows, dtype=torch.bool)  # those of them that have not ended
+        look_every = self.look_every or (8 if self.device.type == "cuda" else 1)
         for t in range(actions.shape[1]):
             distribution = log_distribution(self.model.logits(hidden), self.temperature, noise)
             token = choose(distribution, uniforms[rows.to(uniforms.device), t])
             actions[rows, t], mask[rows, t] = token, going
             logp[rows, t] = distribution.gather(1, token[:, None])[:, 0]
             going = going & ~torch.isin(token, ends)
-            left = int(going.sum())
+            left = int(going.sum()) if t % look_every == 0 else len(going)
             if t + 1 == actions.shape[1] or not left:
                 return actions.where(mask, self.pad_id), mask, logp.where(mask, 0.0)
             if left < self.drop_below * len(going):
                 keep = going.nonzero()[:, 0]
                 rows, token, positions, going = rows[keep], token[keep], positions[keep], going[keep]
-                cache, key_mask = cache.select(keep), None if key_mask is None else key_mask[keep]
+                cache.select(keep)
+                key_mask = None if key_mask is None else key_mask[keep]
             if key_mask is not None:
                 key_mask = torch.cat([key_mask, torch.ones_like(key_mask[:, :1])], 1)
             hidden = self.model(token[:, None], positions[:, None], cache, key_mask)[:, 0]
             positions = positions + 1
 
-    def log_probs(self, rollout: Rollout, share_prompts: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    @property
+    def layout(self) -> str:
+        """How a scoring pass lays out its tokens: `packed` (real ones only) if the model can, else padded.
+
+        Padded, each prompt is computed once and `shared` by its rows through a cache, or, where gradient checkpointing
+        would extend the cache a second time, `joined` with each row.
+        """
+        if isinstance(self.model, Llama):
+            return "packed"
+        return "joined" if self.model.checkpointing else "shared"
+
+    def log_probs(self, rollout: Rollout, entropy: bool = True, layout: str | None = None):
         """Log-probabilities (B, T) of the sampled ids, float32 or wider, with gradient; exact entropies (B, T) in nats.
 
-        Both are 0 at padding. The entropy carries no gradient. With `share_prompts`, groups of several rows take one
-        pass over the prompt and one over the completions; otherwise prompt and completion go in one uncached pass.
+        Both are 0 at padding. The entropy carries no gradient, and is None unless it is asked for.
         """
-        shared = share_prompts and len(rollout.group) > len(rollout.prompts)
-        shared = shared and not self.model.checkpointing  # which would extend the cache a second time, backward
+        hidden_states = {"packed": self.packed_hidden, "shared": self.shared_hidden, "joined": self.joined_hidden}
         with self.autocast():
-            hidden = (self.shared_hidden if shared else self.joined_hidden)(rollout)  # (B, T, C)
-            picked, spread = self.score_tokens(hidden[rollout.mask], rollout.actions[rollout.mask])
+            hidden = hidden_states[layout or self.layout](rollout)  # (N, C), of the real tokens
+            picked, spread = self.score_tokens(hidden, rollout.actions[rollout.mask], entropy)
         blank = picked.new_zeros(rollout.actions.shape)
-        return blank.masked_scatter(rollout.mask, picked), blank.masked_scatter(rollout.mask, spread)
+        logp = blank.masked_scatter(rollout.mask, picked)
+        return logp, blank.masked_scatter(rollout.mask, spread) if entropy else None
 
     def exact_kl(self, reference: "TokenPolicy", rollout: Rollout) -> None:
         """None: summed over all texts it has no closed form, so it is estimated from the log-probabilities."""
 
-    def score_tokens(self, hidden: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities (N,) of ids (N,) and entropies (N,), from hidden states (N, C).
+    def score_tokens(self, hidden: torch.Tensor, ids: torch.Tensor, entropy: bool = True):
+        """Log-probabilities (N,) of ids (N,), and entropies (N,) if asked for, from hidden states (N, C).
 
         The vocabulary's (N, V) never exists as a whole if it is large: the tokens go in chunks, whose logits are made
         again in the backward pass.
         """
+        spreads = []
 
-        def score(hidden: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def score(hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
             with self.autocast(cache_enabled=False):  # else all chunks sum their gradient in one bfloat16 copy
                 logits = self.model.logits(hidden)
             distribution = log_distribution(logits, self.temperature, self.exploration_noise)
-            with torch.no_grad():
-                entropy = torch.special.entr(distribution.exp()).sum(-1)
-            return distribution.gather(1, ids[:, None])[:, 0], entropy
+            if entropy and len(spreads) < len(chunks):  # not again in the backward pass
+                probabilities = distribution.detach().exp()
+                spreads.append(torch.special.entr(probabilities).sum(-1))
+            return distribution.gather(1, ids[:, None])[:, 0]
 
-        size = max(1, self.chunk_logits // self.model.config.vocab_size)
-        if len(ids) <= size:
-            return score(hidden, ids)
-        chunks = zip(hidden.split(size), ids.split(size), strict=True)
+        size = max(1, (self.chunk_logits or most_logits(self.device)) // self.model.config.vocab_size)
+        chunks = list(zip(hidden.split(size), ids.split(size), strict=True))
+        if len(chunks) == 1:
+            return score(hidden, ids), torch.cat(spreads) if entropy else None
         parts = [checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks]
-        return tuple(torch.cat(values) for values in zip(*parts, strict=True))
+        return torch.cat(parts), torch.cat(spreads) if entropy else None
 
     def autocast(self, **options) -> contextlib.AbstractContextManager:
         """Matrix products in `dtype`; weights stay as they are, and all that follows the logits is float32."""
@@ -362,23 +329,36 @@ class TokenPolicy:
         key_mask = None if real.all() else torch.cat([real, torch.ones_like(positions, dtype=torch.bool)], 1)
         return {"positions": positions, "key_mask": key_mask}
 
+    def packed_hidden(self, rollout: Rollout) -> torch.Tensor:
+        """Hidden states (N, C) that predict the N completion tokens, row by row; the model sees real tokens only."""
+        lengths, inputs = rollout.prompt_mask.sum(1), rollout.mask[:, 1:]  # the last token predicts nothing
+        ids = torch.cat([rollout.prompts[rollout.prompt_mask], rollout.actions[:, :-1][inputs]])
+        offsets = torch.arange(inputs.shape[1], device=ids.device)
+        in_prompt = (rollout.prompt_mask.cumsum(1) - 1)[rollout.prompt_mask]
+        positions = torch.cat([in_prompt, (lengths[rollout.group, None] + offsets)[inputs]])
+        hidden = self.model.packed(ids, positions, Packed(lengths, inputs.sum(1), rollout.group))
+        source = torch.empty_like(rollout.actions)  # which token predicts which
+        source[:, 0] = (lengths.cumsum(0) - 1)[rollout.group]
+        source[:, 1:] = source[:, 1:].masked_scatter(inputs, torch.arange(len(in_prompt), len(ids), device=ids.device))
+        return hidden.index_select(0, source[rollout.mask])
+
     def shared_hidden(self, rollout: Rollout) -> torch.Tensor:
-        """Hidden states (B, T, C) that predict the completion: each prompt once, then its rows against its cache."""
+        """The same from padded rows: each prompt once, then its rows against its cache."""
         cache = self.model.new_cache()
-        last = self.model(rollout.prompts, **self.prompt_inputs(rollout), cache=cache)[:, -1:][rollout.group]
-        if rollout.actions.shape[1] == 1:
-            return last
-        cache = cache.select(rollout.group)
-        rest = self.model(rollout.actions[:, :-1], **self.completion_inputs(rollout), cache=cache)
-        return torch.cat([last, rest], 1)
+        hidden = self.model(rollout.prompts, **self.prompt_inputs(rollout), cache=cache)[:, -1:][rollout.group]
+        if rollout.actions.shape[1] > 1:
+            cache.select(rollout.group)
+            rest = self.model(rollout.actions[:, :-1], **self.completion_inputs(rollout), cache=cache)
+            hidden = torch.cat([hidden, rest], 1)
+        return hidden[rollout.mask]
 
     def joined_hidden(self, rollout: Rollout) -> torch.Tensor:
-        """The same hidden states from one uncached pass over prompt and completion together."""
+        """The same from one uncached pass over padded rows of prompt and completion together."""
         prompt, completion = self.prompt_inputs(rollout), self.completion_inputs(rollout)
         ids = torch.cat([rollout.prompts[rollout.group], rollout.actions[:, :-1]], 1)
         positions = torch.cat([prompt["positions"][rollout.group], completion["positions"]], 1)
         hidden = self.model(ids, positions, key_mask=completion["key_mask"])
-        return hidden[:, rollout.prompts.shape[1] - 1 :]
+        return hidden[:, rollout.prompts.shape[1] - 1 :][rollout.mask]
 
 
 class GaussianPolicy:
@@ -391,6 +371,7 @@ class GaussianPolicy:
     chat = False
     dtype = torch.float32
     end_ids: tuple[int, ...] = ()
+    layout = "packed"
 
     def __init__(self, model: Autoencoder, exploration_noise: float = 0.5):
         if not exploration_noise > 0:
@@ -413,18 +394,17 @@ class GaussianPolicy:
     def fitting(self, splits: dict[str, list[Example]], max_new_tokens: int) -> dict[str, list[Example]]:
         return splits
 
-    def demonstrations(self, examples: list[Example]) -> tuple[list[list[int]], list[list[float]], list[str]]:
-        """Prompts, actions and texts of all demonstrations; raises UserError for one that is no number."""
+    def demonstrations(self, examples: list[Example]) -> tuple[Rollout, torch.Tensor] | None:
+        """A rollout of all demonstrations and their counts (B,), all 1; raises UserError where one is no number."""
         pairs = [(example.prompt, text) for example in examples for text in example.demonstrations]
         values = [to_number(text) for _, text in pairs]
         if None in values:
             raise UserError("--policy autoencoder learns numbers, which this task's demonstrations are not")
-        return self.encode([prompt for prompt, _ in pairs]), [[value] for value in values], [text for _, text in pairs]
-
-    def pack(self, prompts: list[list[int]], completions: list[list[float]], texts: list[str]) -> Rollout:
-        """A rollout of given actions, one for each prompt, on the device."""
-        actions = torch.tensor(completions, dtype=torch.float32, device=self.device)
-        return self.rollout(torch.tensor(prompts, device=self.device), 1, actions, texts)
+        if not pairs:
+            return None
+        prompts = torch.tensor(self.encode([prompt for prompt, _ in pairs]), device=self.device)
+        actions = torch.tensor(values, dtype=torch.float32, device=self.device)[:, None]
+        return self.rollout(prompts, 1, actions, [text for _, text in pairs]), torch.ones_like(actions[:, 0])
 
     def rollout(self, prompts: torch.Tensor, group_size: int, actions: torch.Tensor, texts: list[str]) -> Rollout:
         """A rollout of prompts (P, 2) and of actions (B, 1), `group_size` for each prompt; all there is is real."""
@@ -459,7 +439,7 @@ class GaussianPolicy:
             raise FloatingPointError("the model's log-probabilities are not finite")
         return rollout
 
-    def log_probs(self, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor]:
+    def log_probs(self, rollout: Rollout, entropy: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-densities (B, 1) of the actions, with gradient, and entropies (B, 1) in nats."""
         sigma = self.exploration_noise
         score = (rollout.actions - self.means(rollout)) / sigma
@@ -479,12 +459,22 @@ Policy = TokenPolicy | GaussianPolicy
 
 
 def frozen(policy: Policy) -> Policy:
-    """A copy of a policy that does not learn, with weights in the dtype of its matrix products."""
+    """A copy of a policy that does not learn, the weights of its matrix products in their dtype.
+
+    All else stays float32, as it is where autocast computes with the policy's own weights, so that both give the same
+    log-probabilities to the bit.
+    """
+    memo = {  # what deepcopy finds here it takes as the copy
+        id(module.weight): torch.nn.Parameter(module.weight.detach().to(policy.dtype, copy=True))
+        for module in policy.model.modules()
+        if isinstance(module, torch.nn.Linear)
+    }
     reference = copy.copy(policy)
-    reference.model = copy.deepcopy(policy.model).requires_grad_(False)
-    for weight in reference.model.parameters():  # not the buffers: rotary frequencies need their float32
-        weight.data = weight.data.to(policy.dtype)
-    reference.model.checkpointing = False
+    reference.model = copy.deepcopy(policy.model, memo)
+    for module, twin in zip(policy.model.modules(), reference.model.modules(), strict=True):
+        if isinstance(module, torch.nn.Embedding):  # which may be one with the output layer
+            twin.weight = torch.nn.Parameter(module.weight.detach().clone())
+    reference.model.requires_grad_(False).checkpointing = False
     return reference
 
 
@@ -493,16 +483,16 @@ def score_rollout(policy: Policy, rollout: Rollout, token_budget: int) -> torch.
     dtype = torch.promote_types(next(policy.model.parameters()).dtype, torch.float32)
     logp = torch.zeros(rollout.mask.shape, dtype=dtype, device=policy.device)
     with torch.no_grad():
-        for rows in micro_batches(rollout, token_budget):
+        for rows in micro_batches(rollout, token_budget, policy.layout):
             part = rollout.select(rows)
-            logp[rows, : part.mask.shape[1]] = policy.log_probs(part)[0]
+            logp[rows, : part.mask.shape[1]] = policy.log_probs(part, entropy=False)[0]
     return logp
 
 
 def mean_log_probs(policy: Policy, rollout: Rollout, token_budget: int) -> torch.Tensor:
     """Mean log-probability per token (B,) of each completion under the policy as it is now, without gradient."""
-    batches = micro_batches(rollout, token_budget)
+    batches = micro_batches(rollout, token_budget, policy.layout)
     parts = [rollout.select(rows) for rows in batches]
     with torch.no_grad():
-        means = torch.cat([policy.log_probs(part)[0].sum(1) / part.mask.sum(1) for part in parts])
+        means = torch.cat([policy.log_probs(part, entropy=False)[0].sum(1) / part.mask.sum(1) for part in parts])
     return means[torch.cat(batches).argsort()]

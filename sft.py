@@ -23,18 +23,22 @@ import runs
 from checkpoints import choose_device, open_policy, save
 from inference import evaluate, results_table
 from model_toy import Autoencoder, AutoencoderConfig, Llama, LlamaConfig, character_tokenizer
-from policy import GaussianPolicy, Policy, Rollout, TokenPolicy, micro_batches
+from policy import GaussianPolicy, Policy, TokenPolicy
+from rollouts import Rollout, micro_batches
 from runs import Run, RunSettings, UserError, option, out_of_memory
 from tasks import TASKS, find_task, load_task
 
 
-def cross_entropy(policy: Policy, rollout: Rollout, token_budget: int, learn: bool) -> float:
-    """The mean of -log pi over the batch's completion tokens, in nats; with `learn` its gradient is accumulated."""
-    tokens, total = rollout.mask.sum(), 0.0
+def cross_entropy(policy: Policy, rollout: Rollout, copies: torch.Tensor, token_budget: int, learn: bool) -> float:
+    """The mean of -log pi over completion tokens, in nats, as if each row were there `copies` (B,) times.
+
+    With `learn` its gradient is accumulated.
+    """
+    tokens, total = (rollout.mask.sum(1) * copies).sum(), 0.0
     with torch.set_grad_enabled(learn):
-        for rows in micro_batches(rollout, token_budget):
-            logp, _ = policy.log_probs(rollout.select(rows))
-            loss = -logp.sum() / tokens
+        for rows in micro_batches(rollout, token_budget, policy.layout):
+            logp, _ = policy.log_probs(rollout.select(rows), entropy=False)
+            loss = -(logp.sum(1) * copies[rows]).sum() / tokens
             if learn:
                 loss.backward()
             total += loss.item()
@@ -47,7 +51,7 @@ def learning_rate_at(config: "SFTConfig", step: int, steps: int) -> float:
 
 
 def batches(count: int, size: int, steps: int, seed: int) -> Iterator[np.ndarray]:
-    """Row numbers of each step's batch: shuffled passes over `count` rows, one after the other."""
+    """Numbers of the prompts of each step's batch: shuffled passes over `count` of them, one after the other."""
     rng = np.random.Generator(np.random.Philox(seed))
     order = np.empty(0, dtype=np.int64)
     for _ in range(steps):
@@ -59,32 +63,34 @@ def batches(count: int, size: int, steps: int, seed: int) -> Iterator[np.ndarray
 
 @dataclass(kw_only=True)
 class SFTRun(Run):
-    """A run of fine-tuning, with the demonstrations as columns for `pack`."""
+    """A run of fine-tuning on demonstrations: a rollout with one row for equal ones, and their numbers (B,)."""
 
     name = "sft"
     shown = ("loss",)
 
-    demonstrations: tuple[list, list, list]
-    validation: Rollout
-    rows: Iterator[np.ndarray]  # of the batches that are left
+    demonstrations: tuple[Rollout, torch.Tensor]
+    validation: tuple[Rollout, torch.Tensor]
+    prompts: Iterator[np.ndarray]  # of the batches that are left
 
 
 def train_step(run: SFTRun, step: int) -> dict[str, float]:
     """One optimizer step on the next batch; returns what was measured."""
-    config, rows, start = run.config, next(run.rows), time.perf_counter()
-    batch = run.policy.pack(*([column[i] for i in rows] for column in run.demonstrations))
+    config, start, (rollout, copies) = run.config, time.perf_counter(), run.demonstrations
+    chosen = torch.isin(rollout.group, torch.from_numpy(next(run.prompts)).to(rollout.group.device))
+    rows = chosen.nonzero()[:, 0]
+    batch, copies = rollout.select(rows), copies[rows]
     rate = run.optimizer.param_groups[0]["lr"] = learning_rate_at(config, step, run.last_step)
     with out_of_memory("--micro-batch-tokens"):
-        loss = cross_entropy(run.policy, batch, config.micro_batch_tokens, learn=True)
+        loss = cross_entropy(run.policy, batch, copies, config.micro_batch_tokens, learn=True)
     norm = runs.descend(run.optimizer, loss, config.clip_grad_norm)
-    speed = int(batch.mask.sum()) / (time.perf_counter() - start)
+    speed = int((batch.mask.sum(1) * copies).sum()) / (time.perf_counter() - start)
     return {"loss": loss, "grad_norm": norm, "tokens_per_second": speed, "learning_rate": rate}
 
 
 def validate(run: SFTRun, step: int) -> dict[str, float]:
-    """The loss on up to 500 validation demonstrations, by which --patience counts."""
+    """The loss on the validation demonstrations, by which --patience counts."""
     with out_of_memory("--micro-batch-tokens"):
-        loss = cross_entropy(run.policy, run.validation, run.config.micro_batch_tokens, learn=False)
+        loss = cross_entropy(run.policy, *run.validation, run.config.micro_batch_tokens, learn=False)
     run.note_score(step, -loss)
     run.say(f"step {step}: validation loss {loss:.4f} nats per token")
     return {"validation_loss": loss}
@@ -112,8 +118,8 @@ class SFTConfig(RunSettings):
     wrong: float | None = option(None, "Arithmetic: share of others wrong. Default: 0.95.", "model and data", at_most=1)
     copies: int | None = option(None, "Arithmetic: so many a problem. Default: 8.", "model and data", above_zero=True)
     even_data_ratio: float | None = option(None, "Odd_even: even sums shown. Default: 0.", "model and data", at_most=1)
-    batch_size: int = option(64, "Demonstrations in one optimizer step.", "algorithm", above_zero=True)
-    learning_rate: float | None = option(None, "Peak. Default: 1.5e-3; autoencoder 1e-3.", "algorithm", above_zero=True)
+    batch_size: int = option(64, "Prompts a step, each with its demonstrations.", "algorithm", above_zero=True)
+    learning_rate: float | None = option(None, "Peak. Default: the task's; autoencoder 1e-3.", "algorithm", above_zero=True)
     warmup_steps: int = option(40, "Steps in which the learning rate rises from 0.", "algorithm")
     weight_decay: float = option(0.01, "Weight decay of AdamW.", "algorithm")
     micro_batch_tokens: int = option(8192, "Most tokens a pass.", "memory and device", above_zero=True, may_change=True)
@@ -142,7 +148,7 @@ def prepare(config: SFTConfig) -> SFTRun:
     """Make or load the policy to start from, and open the run folder, or restore it with --resume."""
     task, small = find_task(config.task), config.policy == "autoencoder"
     epochs = config.epochs or task.epochs * (3 if small else 1)
-    rate = config.learning_rate or (1e-3 if small else 1.5e-3)
+    rate = config.learning_rate or (1e-3 if small else task.learning_rate)
     config = dataclasses.replace(config, epochs=epochs, learning_rate=rate)
     policy = open_policy(config, task)
     settings = {name: getattr(config, name) for name in ("data", "worked", "wrong", "copies", "even_data_ratio")}
@@ -152,18 +158,18 @@ def prepare(config: SFTConfig) -> SFTRun:
         texts += [] if small else [text for example in data["train"] for text in example.demonstrations]
         policy = new_policy(texts, config.seed, choose_device(config.device), config.policy)
     policy.model.checkpointing = config.gradient_checkpointing
-    train = policy.demonstrations(data["train"][: config.limit])
-    validation = [column[:500] for column in policy.demonstrations(data["validation"][: config.limit])]
-    if not train[0] or not validation[0]:
+    demonstrations = {name: policy.demonstrations(data[name][: config.limit]) for name in ("train", "validation")}
+    if None in demonstrations.values():
         raise UserError(f"--task {task.name} has no demonstrations that fit the model; take other --data or a --model")
+    count = len(demonstrations["train"][0].prompts)
     runs.start_run(config)
-    steps = max(1, round(config.epochs * len(train[0]) / config.batch_size))
+    steps = max(1, round(config.epochs * count / config.batch_size))
     run = SFTRun(
         config=config, policy=policy, optimizer=runs.adamw(policy.model, config.weight_decay), last_step=steps,
-        demonstrations=train, validation=policy.pack(*validation), rows=iter(()),
+        demonstrations=demonstrations["train"], validation=demonstrations["validation"], prompts=iter(()),
     )  # fmt: skip
     run.restore()
-    run.rows = itertools.islice(batches(len(train[0]), config.batch_size, steps, config.seed), run.position.step, None)
+    run.prompts = itertools.islice(batches(count, config.batch_size, steps, config.seed), run.position.step, None)
     return run
 
 

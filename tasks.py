@@ -64,6 +64,7 @@ class Task:
     plain: str = "{question}"  # how a model without a chat template is asked
     toy: bool = False  # a toy can learn it from nothing, so no --model is needed
     epochs: float = 3.0  # passes over the demonstrations in fine-tuning
+    learning_rate: float = 1.5e-3  # its peak, of a toy
 
     @property
     def score(self) -> str:
@@ -303,6 +304,8 @@ TASKS = {
             chat_instruction="Work it out step by step, then end with the number in <answer>...</answer>.",
             max_new_tokens=32,
             toy=True,
+            epochs=10.0,
+            learning_rate=2e-3,
         ),
         Task(
             name="odd_even",

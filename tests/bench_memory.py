@@ -27,7 +27,7 @@ from steps import update_on
 from checkpoints import plan
 from grpo import GRPOConfig
 from model_toy import Llama, LlamaConfig, character_tokenizer
-from policy import Rollout
+from rollouts import Rollout
 
 P, G, PROMPT, LENGTH, VOCABULARY = 4, 8, 32, 256, 50_000
 WAYS = {  # name: most logits at once, gradient checkpointing

@@ -26,7 +26,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 import checkpoints
 from model_toy import Llama, LlamaConfig, character_tokenizer
-from policy import Rollout, TokenPolicy, micro_batches
+from policy import TokenPolicy
+from rollouts import Rollout, micro_batches
 from sft import new_policy
 from tasks import Example
 

@@ -3,8 +3,9 @@
 import torch
 
 from grpo import GRPOConfig, group_advantages, update
-from policy import Policy, Rollout, score_rollout
+from policy import Policy, score_rollout
 from rewards import Rewards
+from rollouts import Rollout
 
 
 def update_on(

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from checkpoints import choose_device, load, save
 from model_toy import character_tokenizer
-from policy import Rollout, TokenPolicy
+from policy import TokenPolicy
+from rollouts import Rollout
 from runs import (
     UserError,
 )

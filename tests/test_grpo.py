@@ -28,7 +28,8 @@ import runs
 import tasks
 from grpo import ALGORITHMS, GRPOConfig, group_advantages
 from model_toy import Llama, LlamaConfig, character_tokenizer
-from policy import Rollout, TokenPolicy
+from policy import TokenPolicy
+from rollouts import Rollout
 from runs import UserError
 from tasks import Example, take_prompts
 
@@ -113,7 +114,7 @@ def one_update(token_budget: int, inner: int = 1, beta: float = 0.04, share: boo
     """A policy after an update on fixed rollouts, the metrics, and what went in."""
     policy, reference = tiny_policy(0), tiny_policy(1)
     if not share:
-        policy.log_probs = lambda rollout, f=policy.log_probs: f(rollout, share_prompts=False)
+        policy.log_probs = lambda rollout, f=policy.log_probs: f(rollout, layout="joined")
     rollout = rollout_of(policy, EXAMPLES, 4)
     rewards = torch.rand(3, 4, generator=torch.Generator().manual_seed(0))
     config = GRPOConfig(

@@ -11,11 +11,12 @@ FLOORS = {  # file: its floor, the most lines it may have; the first drawing had
     "sft.py": (7, 200),
     "inference.py": (6, 380),
     "checkpoints.py": (5, 400),
-    "policy.py": (4, 510),  # 500
+    "policy.py": (4, 500),
+    "rollouts.py": (3, 160),  # not drawn: policy.py had become 600 lines
     "tasks.py": (3, 440),  # 420, and room for another task
     "rewards.py": (2, 600),  # 520
     "runs.py": (1, 525),  # 450
-    "model_toy.py": (1, 400),
+    "model_toy.py": (1, 420),  # 400,
     "plot_metrics.py": (1, 450),
 }
 

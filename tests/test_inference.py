@@ -15,7 +15,8 @@ import inference
 import runs
 from checkpoints import save
 from inference import InferenceConfig, bootstrap, evaluate, results_table, show_answer, wilson
-from policy import Rollout, TokenPolicy
+from policy import TokenPolicy
+from rollouts import Rollout
 from runs import (
     run_main,
 )

@@ -5,11 +5,12 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig as ReferenceConfig
 from transformers import LlamaForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from model_toy import SPECIAL, WORDS, Cache, Llama, LlamaConfig, character_tokenizer
+from model_toy import SPECIAL, WORDS, Cache, Linear, Llama, LlamaConfig, attention, character_tokenizer
 
 SIZES = {
     "grouped-tied": {"num_key_value_heads": 2, "tie_word_embeddings": True},
@@ -84,7 +85,7 @@ def test_cached_decoding(pair, room):
             hidden = ours(ids[:, start:end], positions[:, start:end], cache, mask[:, :end])
             parts.append(ours.logits(hidden))
             if start == 0 and room:
-                cache = cache.select(torch.arange(2), room)
+                cache.select(torch.arange(2), room)
             assert cache.length == end
     torch.testing.assert_close(torch.cat(parts, 1)[mask], expected[mask], rtol=0, atol=1e-5)
 
@@ -96,10 +97,11 @@ def test_cache_rows_can_be_selected_and_repeated(pair):
     joined = torch.cat([ids[rows, :6], ids[:, 6:]], 1)
     positions = torch.arange(12).expand(3, 12)
     with torch.no_grad():
-        cache = Cache(ours.config.num_hidden_layers)
-        ours(ids[:, :6], positions[:, :6], cache)
         for room in (0, 6):
-            hidden = ours(joined[:, 6:], positions[:, 6:], cache.select(rows, room))
+            cache = Cache(ours.config.num_hidden_layers)
+            ours(ids[:, :6], positions[:, :6], cache)
+            cache.select(rows, room)
+            hidden = ours(joined[:, 6:], positions[:, 6:], cache)
             expected = reference(joined).logits[:, 6:]
             torch.testing.assert_close(ours.logits(hidden), expected, rtol=0, atol=1e-5)
 
@@ -255,3 +257,39 @@ def test_character_tokenizer_drops_white_space_and_marks_the_unknown():
 
 def test_character_tokenizer_does_not_depend_on_the_order_of_texts():
     assert character_tokenizer(["12", "3"]).get_vocab() == character_tokenizer(["3", "21", "1"]).get_vocab()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 8, 32, 33])
+def test_few_rows_taken_as_columns_give_the_same_product(rows, bias):
+    layer = Linear(512, 640, bias=bias)
+    x = torch.randn(rows, 1, 512, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        out = layer(x)
+    assert out.shape == (rows, 1, 640) and out.is_contiguous()
+    torch.testing.assert_close(out, F.linear(x, layer.weight, layer.bias), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("length", "keys", "heads"), [(1, 9, 4), (5, 9, 4), (5, 9, 2), (5, 600, 4)])
+def test_attention_is_the_formula(length, keys, heads):
+    """Folded, expanded, written out and fused: softmax(q k / sqrt(D)) v with each key shared by its query heads."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(3, heads, length, 8, generator=generator, requires_grad=True)
+    k, v = (torch.randn(3, 2, keys, 8, generator=generator) for _ in range(2))
+    visible = torch.rand(3, 1, length, keys, generator=generator) < 0.7
+    visible[..., 0] = True
+    mask = torch.zeros(visible.shape).masked_fill(~visible, -torch.inf)
+    scores = q @ k.repeat_interleave(heads // 2, 1).transpose(2, 3) / 8**0.5
+    expected = scores.masked_fill(~visible, -torch.inf).softmax(-1) @ v.repeat_interleave(heads // 2, 1)
+    torch.testing.assert_close(attention(q, k, v, mask), expected, rtol=0, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(attention(q, k, v, mask), expected, rtol=0, atol=1e-6)
+
+
+def test_grouped_queries_run_in_a_fused_kernel():
+    """One decoded token, with and without a mask, and several with one: none falls back to the plain formula."""
+    q, k = torch.randn(2, 6, 1, 8), torch.randn(2, 2, 5, 8)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # an error where that kernel cannot run
+        assert attention(q, k, k).shape == (2, 6, 1, 8)
+        assert attention(q, k, k, torch.zeros(2, 1, 1, 5)).shape == (2, 6, 1, 8)
+        assert attention(q.expand(2, 6, 4, 8), k, k, torch.zeros(2, 1, 4, 5)).shape == (2, 6, 4, 8)

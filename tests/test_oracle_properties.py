@@ -19,7 +19,8 @@ from grpo import (
     pairwise_advantages,
     policy_loss,
 )
-from policy import Rollout, TokenPolicy
+from policy import TokenPolicy
+from rollouts import Rollout
 from tasks import Example
 
 pytestmark = pytest.mark.math
@@ -238,7 +239,7 @@ def test_completions_get_a_policy_gradient_up_to_the_end_token_and_prompts_get_n
         kept.append(hidden)
 
     handle = policy.model.register_forward_hook(keep)
-    logp, _ = policy.log_probs(rollout, share_prompts=False)
+    logp, _ = policy.log_probs(rollout, layout="joined")
     handle.remove()
     advantages = torch.linspace(-1, 1, len(logp)).double()  # none of them 0
     policy_loss(logp, logp.detach(), advantages, rollout.mask, ALGORITHMS[name])[0].backward()

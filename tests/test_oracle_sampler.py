@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from policy import Rollout, TokenPolicy, inverse_cdf, log_distribution, micro_batches, row_uniforms
+from policy import TokenPolicy, inverse_cdf, log_distribution, row_uniforms
+from rollouts import Rollout, micro_batches
 from runs import UserError
 from tasks import Example
 
@@ -58,13 +59,14 @@ def test_shapes_of_a_rollout(case):
     assert rollout.truncated.shape == (12,) and len(rollout.texts) == 12
 
 
-@pytest.mark.parametrize("share_prompts", [True, False])
-def test_scorer_is_transformers(case, share_prompts, monkeypatch):
+@pytest.mark.parametrize("layout", ["packed", "shared", "joined"])
+def test_scorer_is_transformers(case, layout, monkeypatch):
     """Log-probabilities and exact entropies of each row by another implementation, alone and without padding."""
     policy, reference, rollout = case
-    monkeypatch.setattr(policy, "joined_hidden" if share_prompts else "shared_hidden", None)  # not the other pass
+    for other in {"packed", "shared", "joined"} - {layout}:
+        monkeypatch.setattr(policy, f"{other}_hidden", None)
     with torch.no_grad():
-        logp, entropy = policy.log_probs(rollout, share_prompts)
+        logp, entropy = policy.log_probs(rollout, layout=layout)
     assert logp.dtype == entropy.dtype == torch.float32
     assert (logp[~rollout.mask] == 0).all() and (entropy[~rollout.mask] == 0).all()
     for row, logits in enumerate(reference_logits(reference, policy, rollout)):
@@ -83,8 +85,8 @@ def test_sampler_agrees_with_scorer_whatever_is_dropped(case, drop_below, monkey
     assert torch.equal(again.truncated, rollout.truncated) and again.texts == rollout.texts
     assert (again.sampler_logp[~again.mask] == 0).all()
     with torch.no_grad():
-        for share_prompts in (True, False):
-            assert_close(again.sampler_logp, policy.log_probs(again, share_prompts)[0])
+        for layout in ("packed", "shared", "joined"):
+            assert_close(again.sampler_logp, policy.log_probs(again, layout=layout)[0])
 
 
 @pytest.mark.parametrize("group_size", [1, 3])
@@ -142,9 +144,9 @@ def test_gradients_of_the_scorer_are_those_of_transformers(case):
         logits = reference(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1] / policy.temperature
         logp = torch.distributions.Categorical(logits=logits).log_prob(torch.tensor(completion))
         (logp * weights[row, : len(completion)]).sum().backward()
-    for share_prompts in (True, False):
+    for layout in ("packed", "shared", "joined"):
         policy.model.zero_grad()
-        logp, entropy = policy.log_probs(rollout, share_prompts)
+        logp, entropy = policy.log_probs(rollout, layout=layout)
         assert not entropy.requires_grad
         (logp * weights).sum().backward()
         for name, other in reference.named_parameters():
@@ -168,8 +170,8 @@ def test_select_is_the_full_computation(case):
             assert part.texts == [rollout.texts[row] for row in rows]
             assert torch.equal(part.truncated, rollout.truncated[rows])
             assert torch.equal(part.sampler_logp, rollout.sampler_logp[rows, :width])
-            for share_prompts in (True, False):
-                part_logp, part_entropy = policy.log_probs(part, share_prompts)
+            for layout in ("packed", "shared", "joined"):
+                part_logp, part_entropy = policy.log_probs(part, layout=layout)
                 assert_close(part_logp, logp[rows, :width])
                 assert_close(part_entropy, entropy[rows, :width])
 
@@ -443,12 +445,20 @@ def test_weights_that_are_not_finite_are_an_error_not_a_token(random_policy):
 
 def test_row_uniforms_are_these_on_every_machine():
     expected = [
-        [0.5998858591544199, 0.7456635094685379, 0.04998757583934921],
-        [0.5513101606924525, 0.832356979547722, 0.4686145678674133],
+        [0.3084618452337059, 0.9152239776577583, 0.009937966047990021],
+        [0.9508082650133921, 0.23379049658129125, 0.6649665850952432],
     ]
     actual = row_uniforms((1, 2, 3), [4], 2, 3)
     assert actual.dtype == torch.float64
     assert actual.tolist() == expected
+
+
+def test_row_uniforms_are_splitmix64(monkeypatch):
+    """The published first numbers of the stream that begins at 1234567."""
+    monkeypatch.setattr(np.random, "Philox", lambda _: Constant(1234567))
+    published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
+    expected = [((number >> 12) + 0.5) * 2.0**-52 for number in published]
+    assert row_uniforms((0, 0, 0), [0], 1, 4).tolist() == [expected]
 
 
 def test_row_uniforms_belong_to_the_row():
@@ -469,8 +479,20 @@ def test_row_uniforms_lie_in_the_open_interval(monkeypatch):
     expected = torch.arange(1, 10) / 10
     assert_close(torch.quantile(values, expected.double()), expected, atol=0.006)  # four standard errors
     for bits, end in ((0, 2.0**-53), (2**64 - 1, 1 - 2.0**-53)):
-        monkeypatch.setattr(np.random, "Philox", lambda _, bits=bits: Constant(bits))
-        assert row_uniforms((0, 0, 0), [0], 1, 2).tolist() == [[end, end]]
+        monkeypatch.setattr(np.random, "Philox", lambda _, bits=bits: Constant(start_of(bits)))
+        assert row_uniforms((0, 0, 0), [0], 1, 1).tolist() == [[end]]
+
+
+def start_of(bits: int) -> int:
+    """Where a stream begins whose first number is `bits`: SplitMix64 backwards."""
+    z = bits
+    for shift, factor in ((31, 1), (27, 0x94D049BB133111EB), (30, 0xBF58476D1CE4E5B9)):
+        z = z * pow(factor, -1, 2**64) % 2**64 if factor > 1 else z
+        high = z
+        for _ in range(64 // shift):
+            high = z ^ (high >> shift)
+        z = high
+    return (z - 0x9E3779B97F4A7C15) % 2**64
 
 
 class Constant:

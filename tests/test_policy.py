@@ -1,10 +1,13 @@
-"""Rollouts and micro-batches; sampler and scorer are in test_oracle_sampler.py."""
+"""Rollouts, micro-batches and what makes sampler and scorer fast; that they are right is in test_oracle_sampler.py."""
 
 import numpy as np
 import pytest
 import torch
+from test_oracle_sampler import sample
 
-from policy import Rollout, micro_batches
+import policy as policies
+from policy import frozen, inverse_cdf, most_logits
+from rollouts import Rollout, micro_batches
 
 
 def rollout_of(prompt_lengths: list[int], lengths: list[list[int]]) -> Rollout:
@@ -25,45 +28,159 @@ def rollout_of(prompt_lengths: list[int], lengths: list[list[int]]) -> Rollout:
     )
 
 
-def tokens_of(part: Rollout) -> int:
-    """What a micro-batch costs with its padding: each prompt once, each completion at the longest one's width."""
-    return part.prompts.numel() + part.actions.numel()
+def tokens_of(part: Rollout, layout: str) -> int:
+    """What a micro-batch costs: real tokens, or with its padding, each prompt once or with each of its rows."""
+    if layout == "packed":
+        return int(part.prompt_mask.sum() + part.mask.sum())
+    prompts = len(part.group) * part.prompts.shape[1] if layout == "joined" else part.prompts.numel()
+    return prompts + part.actions.numel()
 
 
+@pytest.mark.parametrize("layout", ["packed", "shared", "joined"])
 @pytest.mark.parametrize("seed", range(30))
-def test_micro_batches_cover_each_row_once_within_the_budget(seed):
+def test_micro_batches_cover_each_row_once_within_the_budget(seed, layout):
     rng = np.random.default_rng(seed)
     prompts, group_size = int(rng.integers(1, 9)), int(rng.integers(1, 9))
     prompt_lengths = rng.integers(1, 30, prompts).tolist()
     lengths = rng.geometric(rng.uniform(0.03, 0.5), (prompts, group_size)).tolist()
     rollout = rollout_of(prompt_lengths, lengths)
     budget = int(rng.integers(1, 400))
-    batches = micro_batches(rollout, budget)
+    batches = micro_batches(rollout, budget, layout)
     assert sorted(torch.cat(batches).tolist()) == list(range(prompts * group_size))
     widths = []
     for rows in batches:
         part = rollout.select(rows)
-        assert tokens_of(part) <= budget or len(rows) == 1
+        assert tokens_of(part, layout) <= budget or len(rows) == 1
         widths.append(max(max(lengths[group]) for group in rollout.group[rows].tolist()))
     assert widths == sorted(widths, reverse=True)  # the longest first
-    for group, row in enumerate(lengths):
-        if prompt_lengths[group] + group_size * max(row) <= budget:
+    for group in range(prompts):
+        if tokens_of(rollout.select(torch.arange(group * group_size, (group + 1) * group_size)), layout) <= budget:
             assert sum((rollout.group[rows] == group).any().item() for rows in batches) == 1  # whole
 
 
 def test_micro_batches_by_hand():
-    """Groups of 2 rows, prompts of 4: the longest first, 2 * 4 + 4 * 10 tokens for two groups in one pass."""
+    """Groups of 2 rows, prompts of 4: the longest first; real tokens are 9, 15, 21 and 16."""
     rollout = rollout_of([4, 4, 4, 4], [[3, 2], [10, 1], [8, 9], [6, 6]])
 
     def rows(budget: int) -> list[list[int]]:
         return [batch.tolist() for batch in micro_batches(rollout, budget)]
 
-    assert rows(1000) == [[2, 3, 4, 5, 6, 7], [0, 1]]  # 3 is less than half of 10
-    assert rows(72) == [[2, 3, 4, 5, 6, 7], [0, 1]]  # 3 * 4 + 6 * 10
-    assert rows(71) == [[2, 3, 4, 5], [0, 1, 6, 7]]  # 3 is not less than half of 6
-    assert rows(48) == [[2, 3, 4, 5], [0, 1, 6, 7]]
-    assert rows(47) == [[2, 3], [4, 5, 6, 7], [0, 1]]
-    assert rows(43) == [[2, 3], [4, 5], [0, 1, 6, 7]]  # the middle one took 2 * 4 + 4 * 9
+    assert rows(200) == [[2, 3, 4, 5, 6, 7], [0, 1]]  # 3 is less than half of 10, and a quarter of 200 is passed
+    assert rows(300) == [[0, 1, 2, 3, 4, 5, 6, 7]]
+    assert rows(52) == [[2, 3, 4, 5, 6, 7], [0, 1]]  # 15 + 21 + 16
+    assert rows(51) == [[2, 3, 4, 5], [0, 1, 6, 7]]  # 3 is not less than half of 6
+    assert rows(36) == [[2, 3, 4, 5], [0, 1, 6, 7]]
+    assert rows(35) == [[2, 3], [4, 5], [0, 1, 6, 7]]
     assert rows(24) == [[2, 3], [4, 5], [6, 7], [0, 1]]
-    assert rows(23) == [[2], [3], [4, 5], [6, 7], [0, 1]]  # the longest group takes 4 + 2 * 10
+    assert rows(20) == [[2, 3], [4], [5], [6, 7], [0, 1]]  # the second group takes 4 + 8 + 9
     assert rows(1) == [[2], [3], [4], [5], [6], [7], [0], [1]]
+
+
+@pytest.fixture
+def ragged(random_policy):
+    """A policy and a rollout of prompts and completions of different lengths."""
+    policy = random_policy(end="1234")
+    rollout = sample(policy)
+    assert not rollout.prompt_mask.all() and not rollout.mask.all()
+    return policy, rollout
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_scorer_computes_each_prompt_once_and_no_padding(ragged, checkpointing, monkeypatch):
+    policy, rollout = ragged
+    policy.model.checkpointing = checkpointing
+    seen = []
+    monkeypatch.setattr(
+        policy.model, "packed", lambda ids, *more, f=policy.model.packed: seen.append(ids) or f(ids, *more)
+    )
+    policy.log_probs(rollout)[0].sum().backward()
+    inputs = rollout.mask.sum() - len(rollout.mask)  # the last token of a completion predicts nothing
+    assert [ids.shape for ids in seen] == [(int(rollout.prompt_mask.sum() + inputs),)]
+    assert policy.layout == "packed"
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("rows", [range(12), [0, 1, 2, 3, 4, 11], [7]], ids=["even groups", "uneven groups", "one row"])
+def test_packed_gradients_are_those_of_padded_rows(ragged, rows, checkpointing):
+    policy, rollout = ragged
+    part = rollout.select(torch.tensor(list(rows)))
+    weights = torch.rand(part.mask.shape, generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for layout in ("packed", "joined"):
+        policy.model.zero_grad()
+        policy.model.checkpointing = checkpointing and layout == "packed"
+        (policy.log_probs(part, layout=layout)[0] * weights).sum().backward()
+        gradients.append([weight.grad.clone() for weight in policy.model.parameters()])
+    for packed, joined in zip(*gradients, strict=True):
+        torch.testing.assert_close(packed, joined, rtol=0, atol=2e-5 * joined.abs().max().item())
+
+
+def test_entropy_is_computed_only_where_it_is_asked_for(ragged, monkeypatch):
+    """Not for a reference, and not again when chunks of logits are made again in the backward pass."""
+    policy, rollout = ragged
+    calls = []
+    entr = torch.special.entr
+    monkeypatch.setattr(policies.torch.special, "entr", lambda x: calls.append(len(x)) or entr(x))
+    policy.chunk_logits = 7 * policy.model.config.vocab_size
+    assert policy.log_probs(rollout, entropy=False)[1] is None and calls == []
+    logp, spread = policy.log_probs(rollout)
+    logp.sum().backward()
+    assert sum(calls) == rollout.mask.sum() and max(calls) == 7
+    policy.chunk_logits = 10**9
+    torch.testing.assert_close(spread, policy.log_probs(rollout)[1], rtol=0, atol=1e-6)
+
+
+def test_frozen_in_bfloat16_gives_the_policys_own_log_probabilities(random_policy):
+    """To the bit, so that the KL towards the reference begins at 0; only matrices of products are bfloat16."""
+    policy = random_policy(tie_word_embeddings=True)
+    policy.dtype = torch.bfloat16
+    rollout = sample(policy)
+    reference = frozen(policy)
+    with torch.no_grad():
+        assert torch.equal(policy.log_probs(rollout)[0], reference.log_probs(rollout)[0])
+    kinds = {name: weight.dtype for name, weight in reference.model.named_parameters()}
+    assert kinds.pop("model.embed_tokens.weight") == torch.float32
+    assert {kind for name, kind in kinds.items() if "norm" in name} == {torch.float32}
+    assert {kind for name, kind in kinds.items() if "norm" not in name} == {torch.bfloat16}
+    assert not any(weight.requires_grad for weight in reference.model.parameters())
+    assert all(weight.dtype == torch.float32 and weight.requires_grad for weight in policy.model.parameters())
+
+
+@pytest.mark.parametrize("look_every", [2, 5, 100])
+def test_looking_less_often_for_ended_rows_changes_nothing(ragged, look_every):
+    policy, rollout = ragged
+    policy.look_every = look_every
+    again = sample(policy)
+    assert again.completion_ids == rollout.completion_ids and torch.equal(again.truncated, rollout.truncated)
+    torch.testing.assert_close(again.sampler_logp, rollout.sampler_logp, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("block", [1, 7, 64, 999, 1000, 5000])
+def test_block_sums_draw_the_token_that_one_sum_draws(block):
+    generator = torch.Generator().manual_seed(block)
+    logits = 3 * torch.randn(400, 1000, generator=generator)
+    logits[torch.rand(400, 1000, generator=generator) < 0.5] = -torch.inf
+    log_probs = logits.log_softmax(-1)
+    uniform = torch.rand(400, generator=generator, dtype=torch.float64)
+    uniform[0] = 2.0**-53
+    cumulative = log_probs.exp().double().cumsum(-1)
+    plain = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    assert torch.equal(inverse_cdf(log_probs, uniform, block), plain)
+
+
+def test_the_logits_at_once_are_a_64th_of_the_memory(monkeypatch):
+    sizes = {"SC_PHYS_PAGES": 2**20, "SC_PAGE_SIZE": 4096}
+    monkeypatch.setattr(policies.os, "sysconf", sizes.__getitem__)
+    assert 4 * most_logits(torch.device("cpu")) == 2**32 // 64
+
+
+def test_the_sampler_keeps_one_cache(ragged, monkeypatch):
+    """Rows that end move out of the buffers in which the others stay."""
+    policy, rollout = ragged
+    kept = []
+    cache = policy.model.new_cache()
+    monkeypatch.setattr(policy.model, "new_cache", lambda: cache)
+    select = cache.select
+    monkeypatch.setattr(cache, "select", lambda rows, room=0: select(rows, room) or kept.append(cache.layers[0][0]))
+    sample(policy)
+    assert len({keys.data_ptr() for keys in kept}) == 1 and len({len(keys) for keys in kept}) == len(kept) > 2

@@ -31,7 +31,8 @@ from checkpoints import save
 from grpo import GRPOConfig
 from inference import InferenceConfig, evaluate
 from model_toy import Attention, Autoencoder, AutoencoderConfig, Llama, LlamaConfig, character_tokenizer
-from policy import GaussianPolicy, Rollout, TokenPolicy, join
+from policy import GaussianPolicy, TokenPolicy
+from rollouts import Rollout, join
 from runs import UserError
 from sft import SFTConfig
 from tasks import Example, find_task, load_task

@@ -15,6 +15,7 @@ import tasks
 from checkpoints import load
 from runs import UserError
 from sft import SFTConfig, batches, cross_entropy, learning_rate_at, new_policy
+from tasks import Example
 
 ROOT = Path(sft.__file__).parent
 TEXTS = [("What is (4 - 9) * 6?", "4-9=-5;-5*6=-30<answer>-30</answer>"), ("What is 1?", "<answer>1</answer>")]
@@ -29,7 +30,7 @@ def packed(policy):
 @pytest.mark.parametrize("token_budget", [10_000, 1])
 def test_loss_is_the_cross_entropy_of_completion_and_end_tokens_only(token_budget):
     policy = new_policy([text for pair in TEXTS for text in pair], seed=0, device=torch.device("cpu"))
-    loss = cross_entropy(policy, packed(policy), token_budget, learn=True)
+    loss = cross_entropy(policy, packed(policy), torch.ones(2), token_budget, learn=True)
     gradients = [p.grad.clone() for p in policy.model.parameters()]
 
     policy.model.zero_grad()
@@ -45,6 +46,41 @@ def test_loss_is_the_cross_entropy_of_completion_and_end_tokens_only(token_budge
     assert loss == pytest.approx(expected.item(), rel=1e-6)
     for gradient, parameter in zip(gradients, policy.model.parameters(), strict=True):
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_equal_demonstrations_are_computed_once_and_count_as_often_as_they_occur():
+    """Loss and gradient are those of a batch in which each copy is a row with a prompt of its own."""
+    policy = new_policy([text for pair in TEXTS for text in pair], seed=0, device=torch.device("cpu"))
+    (first, worked), (second, short) = TEXTS
+    examples = [Example(first, {}, (worked, short, worked)), Example(second, {}, (short,) * 4)]
+    rollout, copies = policy.demonstrations(examples)
+    assert rollout.texts == [worked, short, short] and copies.tolist() == [2, 1, 4]
+    assert rollout.group.tolist() == [0, 0, 1] and len(rollout.prompts) == 2
+    results = []
+    pairs = [(example.prompt, text) for example in examples for text in example.demonstrations]
+    ids = [row + [policy.tokenizer.eos_token_id] for row in policy.tokenizer([text for _, text in pairs]).input_ids]
+    apart = policy.pack(policy.encode([prompt for prompt, _ in pairs]), ids, [text for _, text in pairs])
+    for batch, counts in ((rollout, copies), (apart, torch.ones(7))):
+        policy.model.zero_grad()
+        loss = cross_entropy(policy, batch, counts, 10_000, learn=True)
+        results.append((loss, [weight.grad.clone() for weight in policy.model.parameters()]))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
+    for once, each in zip(results[0][1], results[1][1], strict=True):
+        torch.testing.assert_close(once, each, rtol=0, atol=1e-6)
+
+
+def test_a_step_takes_all_demonstrations_of_its_prompts(few_problems, tmp_path, monkeypatch):
+    seen = []
+    inner = sft.cross_entropy
+
+    def record(policy, batch, copies, *more, learn):
+        if learn:
+            seen.append((len(batch.prompts), int(copies.sum())))
+        return inner(policy, batch, copies, *more, learn=learn)
+
+    monkeypatch.setattr(sft, "cross_entropy", record)
+    sft.train(SFTConfig(out=str(tmp_path / "a"), copies=3, epochs=1, batch_size=8))
+    assert seen and set(seen) == {(8, 24)}
 
 
 def test_schedule_worked_by_hand():
@@ -98,7 +134,7 @@ def weights_of(policy) -> list[torch.Tensor]:
 
 
 def test_a_resumed_run_is_bitwise_equal_to_the_one_not_interrupted(few_problems, tmp_path, monkeypatch):
-    config = SFTConfig(out=str(tmp_path / "whole"), copies=2, epochs=3, batch_size=8, save_every=3, eval_every=4)
+    config = SFTConfig(out=str(tmp_path / "whole"), copies=2, epochs=6, batch_size=8, save_every=3, eval_every=4)
     whole = weights_of(sft.train(config))
     step = sft.cross_entropy
     count = iter(range(100))
@@ -134,9 +170,9 @@ def test_the_validation_loss_is_the_cross_entropy_of_the_validation_problems(few
     examples = tasks.find_task("arithmetic").load(copies=1)["validation"]
     total = count = 0
     for example in examples:
-        rollout = policy.pack(*policy.demonstrations([example]))
-        total -= policy.log_probs(rollout)[0].sum().item()
-        count += int(rollout.mask.sum())
+        rollout, copies = policy.demonstrations([example])
+        total -= (policy.log_probs(rollout)[0].sum(1) * copies).sum().item()
+        count += int((rollout.mask.sum(1) * copies).sum())
     assert line["validation_loss"] == pytest.approx(total / count, rel=1e-5)
 
 

@@ -12,7 +12,7 @@ from steps import rewards_of
 
 from grpo import Algorithm, GRPOConfig, GRPORun, is_flat, kl_penalty, policy_loss
 from inference import bootstrap, measure_rollout, results_table, sampled_results, show_number
-from policy import Rollout, join, log_distribution, micro_batches
+from policy import log_distribution
 from rewards import (
     Rewards,
     answer_exact,
@@ -27,6 +27,7 @@ from rewards import (
     soft,
     token_length,
 )
+from rollouts import Rollout, join, micro_batches
 from runs import Position, UserError
 from sft import SFTConfig, batches, learning_rate_at
 from tasks import Example, Source, arithmetic, find_task, gsm8k_example, odd_even, pose, smoltldr_example, take_prompts
@@ -241,9 +242,10 @@ def test_rollouts_joined_by_hand():
 
 
 @pytest.mark.parametrize(("second", "parts"), [(5, [[0, 1]]), (4, [[0], [1]])])
-def test_less_than_half_as_long_begins_a_micro_batch(second, parts):
+def test_less_than_half_as_long_begins_a_micro_batch_if_the_last_is_large(second, parts):
     rollout = written([[1], [1]], [0, 1], [[1] * 10, [1] * second + [0] * (10 - second)])
-    assert [rows.tolist() for rows in micro_batches(rollout, 1000)] == parts
+    assert [rows.tolist() for rows in micro_batches(rollout, 60)] == parts  # 2 + 10 + 4 is above a quarter of it
+    assert len(micro_batches(rollout, 1000)) == 1
 
 
 def test_a_packed_rollout_lies_on_the_policys_device(random_policy):
