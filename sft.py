@@ -119,7 +119,9 @@ class SFTConfig(RunSettings):
     copies: int | None = option(None, "Arithmetic: so many a problem. Default: 8.", "model and data", above_zero=True)
     even_data_ratio: float | None = option(None, "Odd_even: even sums shown. Default: 0.", "model and data", at_most=1)
     batch_size: int = option(64, "Prompts a step, each with its demonstrations.", "algorithm", above_zero=True)
-    learning_rate: float | None = option(None, "Peak. Default: the task's; autoencoder 1e-3.", "algorithm", above_zero=True)
+    learning_rate: float | None = option(
+        None, "Peak. Default: the task's; autoencoder 1e-3.", "algorithm", above_zero=True
+    )
     warmup_steps: int = option(40, "Steps in which the learning rate rises from 0.", "algorithm")
     weight_decay: float = option(0.01, "Weight decay of AdamW.", "algorithm")
     micro_batch_tokens: int = option(8192, "Most tokens a pass.", "memory and device", above_zero=True, may_change=True)

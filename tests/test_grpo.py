@@ -132,6 +132,7 @@ def test_update_equals_an_independent_one_by_transformers(tmp_path):
     for name, source in (("policy", tiny_policy(0)), ("reference", reference)):
         checkpoints.save(source, tmp_path / name)
         models.append(AutoModelForCausalLM.from_pretrained(tmp_path / name).eval())
+        models[-1].get_input_embeddings().padding_idx = None  # a sampled pad token learns as any other
     rows = []
     for i, group in enumerate(rollout.group.tolist()):  # one row at a time, no padding, no cache
         prompt = rollout.prompts[group][rollout.prompt_mask[group]]

@@ -55,7 +55,11 @@ def sums(worked=0.3, wrong=0.9, copies=1, even_data_ratio=0.0, data=None, limit=
     spelt = "".join(f"{10 * number:.0f}" for number in (worked, wrong, even_data_ratio))
     return {
         name: [
-            Example(f"What is {a} + {b + bool(data)}?", {"answer": str(a + b)}, (f"{spelt}={a + b}",) * copies)
+            Example(
+                f"What is {a} + {b + bool(data)}?",
+                {"answer": str(a + b)},
+                tuple(f"{spelt}={a + b}" + "0" * i for i in range(copies)),
+            )
             for a, b in pairs[:limit]
         ]
         for name, pairs in SUMS.items()
@@ -415,7 +419,7 @@ def test_rate_of_sft(random_policy, tmp_path, monkeypatch, clock):
     """Completion tokens of a step, end tokens included, in its 1.25 seconds."""
     save(random_policy(), tmp_path / "base")
     counts = []
-    spy(monkeypatch, TokenPolicy, "log_probs", lambda _, __, rollout, *___: counts.append(int(rollout.mask.sum())))
+    spy(monkeypatch, TokenPolicy, "log_probs", lambda _, __, rollout, **___: counts.append(int(rollout.mask.sum())))
     given = {"batch_size": 4, "epochs": 1, "device": "cpu"}
     sft.train(SFTConfig(model=str(tmp_path / "base"), out=str(tmp_path / "run"), **given))
     rates = [line["tokens_per_second"] for line in lines_of(tmp_path / "run" / "metrics.jsonl")]
@@ -671,8 +675,10 @@ def test_a_setting_has_an_effect(outcome, command, changed, setting):
 )
 def test_what_costs_memory_or_work_changes_the_plan(outcome, settings):
     before, after = (outcome("grpo", "dry_run model=large", more) for more in ("", settings))
-    numbers = [re.findall(r" ([0-9.]+) (?:GB  |tera)", each["text"]) for each in (before, after)]
-    assert len(numbers[0]) == 9 and numbers[0] != numbers[1] and before["error"] is after["error"] is None
+    # Without the process and the peak that holds it, which differ from one run to the next.
+    texts = [re.sub("(?m)^(process|peak).*$", "", each["text"]) for each in (before, after)]
+    numbers = [re.findall(r" ([0-9.]+) (?:GB  |tera)", text) for text in texts]
+    assert len(numbers[0]) == 8 and numbers[0] != numbers[1] and before["error"] is after["error"] is None
 
 
 @pytest.mark.parametrize("command", COMMANDS)
