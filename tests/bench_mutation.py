@@ -50,7 +50,8 @@ TABLE = [
     ("inference.py", "measure_rollout", VALUES),
     ("tasks.py", "take_prompts", VALUES),
     ("rewards.py", "Rewards.__call__", VALUES),
-    ("policy.py", "Rollout.select join micro_batches row_uniforms inverse_cdf", SAMPLER),
+    ("rollouts.py", "Rollout.select join pass_tokens micro_batches Packed", SAMPLER),
+    ("policy.py", "row_uniforms inverse_cdf", SAMPLER),
     ("policy.py", "log_distribution", (*SAMPLER, "test_oracle_enumeration.py")),
     ("policy.py", "TokenPolicy.pack", (*SAMPLER, "test_sft.py")),
     (

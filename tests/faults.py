@@ -66,7 +66,7 @@ FAULTS = [
     Fault(
         "the sampling temperature missing in the scorer",
         "huggingface/trl#3029",
-        "policy.py", "self.temperature, self.exploration_noise)\n            with torch.no_grad", "1.0, self.exploration_noise)\n            with torch.no_grad",
+        "policy.py", "self.temperature, self.exploration_noise)\n            if entropy", "1.0, self.exploration_noise)\n            if entropy",
         "oracle_sampler::test_scorer_is_transformers",
     ),
     Fault(

@@ -33,7 +33,7 @@ def small_task():
 @pytest.fixture(scope="module")
 def base(small_task, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("learning") / "base"
-    sft.train(sft.SFTConfig(out=str(folder), epochs=2.0, copies=8, learning_rate=2e-3))
+    sft.train(sft.SFTConfig(out=str(folder), epochs=8.0, batch_size=32, learning_rate=2e-3))
     return folder
 
 
