@@ -61,7 +61,14 @@ def print_summary() -> None:
     print(summary("the same", "shows working, T = 1", "sampled_working", main, evaluations("main", "best")))
     print(summary("120 steps, the last policy", right, sampled, main, evaluations("long", "last")))
     print(summary("control: shuffled rewards", right, sampled, main, evaluations("shuffled", "last")))
-    print(summary("`perplexity` as the only reward", right, sampled, main, evaluations("rewards/perplexity", "last")))
+    print(
+        summary(
+            "`perplexity` as the only reward",
+            right,
+            sampled,
+            *(evaluations("rewards/perplexity", which) for which in ("base", "last")),
+        )
+    )
     print(summary("`dapo` (after) against `grpo`", right, sampled, grpo, evaluations("algorithms/dapo", "last")))
     for policy in ("autoencoder", "transformer"):
         biased, trained = (evaluations(f"odd_even/{policy}/{method}", "last") for method in ("biased", "grpo"))
