@@ -75,7 +75,14 @@ def test_the_commands_are_there():
 
 
 def test_flags_that_are_named_exist():
-    programs = ("grpo.py", "sft.py", "inference.py", "plot_metrics.py", "tests/bench_sampler.py")
+    programs = (
+        "grpo.py",
+        "sft.py",
+        "inference.py",
+        "plot_metrics.py",
+        "tests/bench_sampler.py",
+        "tests/bench_speed.py",
+    )
     there = "".join(
         subprocess.run([sys.executable, str(ROOT / name), "--help"], capture_output=True, text=True).stdout
         for name in programs
