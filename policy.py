@@ -464,15 +464,16 @@ def frozen(policy: Policy) -> Policy:
     All else stays float32, as it is where autocast computes with the policy's own weights, so that both give the same
     log-probabilities to the bit.
     """
+    low = policy.dtype != torch.float32
     memo = {  # what deepcopy finds here it takes as the copy
-        id(module.weight): torch.nn.Parameter(module.weight.detach().to(policy.dtype, copy=True))
+        id(module.weight): torch.nn.Parameter(module.weight.detach().to(policy.dtype))
         for module in policy.model.modules()
-        if isinstance(module, torch.nn.Linear)
+        if low and isinstance(module, torch.nn.Linear)
     }
     reference = copy.copy(policy)
     reference.model = copy.deepcopy(policy.model, memo)
     for module, twin in zip(policy.model.modules(), reference.model.modules(), strict=True):
-        if isinstance(module, torch.nn.Embedding):  # which may be one with the output layer
+        if low and isinstance(module, torch.nn.Embedding):  # which may be one with the output layer
             twin.weight = torch.nn.Parameter(module.weight.detach().clone())
     reference.model.requires_grad_(False).checkpointing = False
     return reference

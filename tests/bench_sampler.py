@@ -155,9 +155,10 @@ def score(policy: IdsPolicy, rollout: Rollout, weights: torch.Tensor, budget: in
     policy.model.zero_grad()
     logp = torch.zeros_like(rollout.sampler_logp)
     start = time.perf_counter()
-    for rows in micro_batches(rollout, budget):
+    layout = policy.layout if shared else "joined"
+    for rows in micro_batches(rollout, budget, layout):
         part = rollout.select(rows)
-        values, _ = policy.log_probs(part, share_prompts=shared)
+        values, _ = policy.log_probs(part, layout=layout)
         (-(weights[rows, None] * values).sum() / rollout.mask.sum()).backward()
         logp[rows, : values.shape[1]] = values.detach()
     seconds = time.perf_counter() - start

@@ -184,3 +184,10 @@ def test_the_sampler_keeps_one_cache(ragged, monkeypatch):
     monkeypatch.setattr(cache, "select", lambda rows, room=0: select(rows, room) or kept.append(cache.layers[0][0]))
     sample(policy)
     assert len({keys.data_ptr() for keys in kept}) == 1 and len({len(keys) for keys in kept}) == len(kept) > 2
+
+
+def test_frozen_in_float32_keeps_a_tied_output_layer_tied(random_policy):
+    policy = random_policy(tie_word_embeddings=True)
+    copy = frozen(policy).model
+    assert copy.lm_head.weight is copy.model.embed_tokens.weight is not policy.model.lm_head.weight
+    assert torch.equal(copy.lm_head.weight, policy.model.lm_head.weight)
