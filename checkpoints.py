@@ -21,16 +21,23 @@ from tasks import Task, find_task, load_task
 
 
 class HubCache:
-    """The cache of any model of `transformers`, with `Cache`'s way to select and repeat rows."""
+    """The cache of any model of `transformers`, with `Cache`'s two verbs; what rows share is repeated for each."""
 
     def __init__(self):
         from transformers import DynamicCache
 
         self.inner = DynamicCache()
+        self.key_mask: torch.Tensor | None = None  # (B, L) true on real tokens of what rows shared; None: on all
 
-    def select(self, rows: torch.Tensor, room: int = 0) -> None:
-        """Keep these rows (int64 indices, repeats allowed); it grows by concatenation, so `room` is not needed."""
+    def share(self, group: torch.Tensor, room: int = 0, key_mask: torch.Tensor | None = None) -> None:
+        """See `Cache.share`; it grows by concatenation, so `room` is not needed."""
+        self.key_mask = key_mask
+        self.select(group)
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Keep these rows (int64 indices, repeats allowed)."""
         self.inner.batch_select_indices(rows)
+        self.key_mask = None if self.key_mask is None else self.key_mask[rows]
 
 
 class HubModel(nn.Module):
@@ -78,6 +85,9 @@ class HubModel(nn.Module):
         """Last hidden states (B, T, C), or logits (B, T, V) where `full_logits`; arguments as in `Llama.forward`."""
         # `transformers` checkpoints in training mode only, and then drops the cache; dropout is 0 in either mode.
         self.model.train(self.checkpointing and torch.is_grad_enabled() and cache is None)
+        if cache is not None and cache.key_mask is not None:
+            new = ids.shape[1] + cache.inner.get_seq_length() - cache.key_mask.shape[1]
+            key_mask = torch.nn.functional.pad(cache.key_mask, (0, new), value=True)
         output = (self.model if self.full_logits else self.model.base_model)(
             input_ids=ids,
             position_ids=positions,

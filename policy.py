@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from model_toy import Autoencoder, Llama
+from attention import Packed
+from model_toy import Autoencoder, Llama, prepacked
 from rewards import to_number
-from rollouts import Packed, Rollout, micro_batches
+from rollouts import Rollout, micro_batches
 from runs import UserError, printable
 from tasks import Example
 
@@ -192,7 +193,7 @@ class TokenPolicy:
     ) -> Rollout:  # fmt: skip
         """Draw `group_size` completions of each example; key is (seed, step, draw), `first` numbers the first prompt.
 
-        Each prompt is prefilled once and its cache repeated for its group. Greedy takes the likeliest token, whatever
+        Each prompt is prefilled once and its cache shared by its group. Greedy takes the likeliest token, whatever
         the temperature. There is no exploration noise if greedy, nor without `explore`. Raises FloatingPointError if
         the model's log-probabilities are not finite.
         """
@@ -208,13 +209,12 @@ class TokenPolicy:
         choose = (lambda log_probs, _: log_probs.argmax(-1)) if greedy else inverse_cdf
         noise = self.exploration_noise if explore and not greedy else 0.0
         prompt, cache = self.prompt_inputs(packed), self.model.new_cache()
-        key_mask = None if prompt["key_mask"] is None else packed.prompt_mask[group]
         lengths = packed.prompt_mask.sum(1)[group]
         actor = self if self.dtype == torch.float32 else frozen(self)  # casts the weights once, not at each token
-        with torch.no_grad(), self.autocast():
+        with torch.no_grad(), self.autocast(), prepacked(actor.model, len(group)):
             hidden = actor.model(packed.prompts, **prompt, cache=cache)[group, -1]  # (B, C)
-            cache.select(group, room=max_new_tokens - 1)
-            decoded = actor.decode(hidden, cache, lengths, key_mask, uniforms, choose, noise)
+            cache.share(group, max_new_tokens - 1, prompt["key_mask"])
+            decoded = actor.decode(hidden, cache, lengths, uniforms, choose, noise)
         if not decoded[2].isfinite().all():
             raise FloatingPointError("the model's log-probabilities are not finite")
         width = int(decoded[1].sum(1).max())
@@ -227,7 +227,7 @@ class TokenPolicy:
         rollout.texts = self.tokenizer.batch_decode(rollout.completion_ids, skip_special_tokens=True)
         return rollout
 
-    def decode(self, hidden, cache, positions, key_mask, uniforms, choose: Callable, noise: float):
+    def decode(self, hidden, cache, positions, uniforms, choose: Callable, noise: float):
         """Decode up to T tokens for each row: ids (B, T), mask (B, T), log-probabilities (B, T) float32 or wider.
 
         `hidden` (B, C) predicts the first token, which stands at `positions` (B,); `choose` turns log-probabilities
@@ -254,10 +254,7 @@ class TokenPolicy:
                 keep = going.nonzero()[:, 0]
                 rows, token, positions, going = rows[keep], token[keep], positions[keep], going[keep]
                 cache.select(keep)
-                key_mask = None if key_mask is None else key_mask[keep]
-            if key_mask is not None:
-                key_mask = torch.cat([key_mask, torch.ones_like(key_mask[:, :1])], 1)
-            hidden = self.model(token[:, None], positions[:, None], cache, key_mask)[:, 0]
+            hidden = self.model(token[:, None], positions[:, None], cache)[:, 0]
             positions = positions + 1
 
     @property
@@ -321,13 +318,10 @@ class TokenPolicy:
         positions = (rollout.prompt_mask.cumsum(1) - 1).clamp(min=0)
         return {"positions": positions, "key_mask": None if rollout.prompt_mask.all() else rollout.prompt_mask}
 
-    def completion_inputs(self, rollout: Rollout) -> dict[str, torch.Tensor | None]:
-        """The same for all completion tokens but the last, which predicts nothing: (B, T - 1) and (B, L + T - 1)."""
+    def completion_positions(self, rollout: Rollout) -> torch.Tensor:
+        """Positions (B, T - 1) of all completion tokens but the last, which predicts nothing."""
         offsets = torch.arange(rollout.actions.shape[1] - 1, device=rollout.actions.device)
-        positions = rollout.prompt_mask.sum(1)[rollout.group, None] + offsets
-        real = rollout.prompt_mask[rollout.group]
-        key_mask = None if real.all() else torch.cat([real, torch.ones_like(positions, dtype=torch.bool)], 1)
-        return {"positions": positions, "key_mask": key_mask}
+        return rollout.prompt_mask.sum(1)[rollout.group, None] + offsets
 
     def packed_hidden(self, rollout: Rollout) -> torch.Tensor:
         """Hidden states (N, C) that predict the N completion tokens, row by row; the model sees real tokens only."""
@@ -336,28 +330,30 @@ class TokenPolicy:
         offsets = torch.arange(inputs.shape[1], device=ids.device)
         in_prompt = (rollout.prompt_mask.cumsum(1) - 1)[rollout.prompt_mask]
         positions = torch.cat([in_prompt, (lengths[rollout.group, None] + offsets)[inputs]])
-        hidden = self.model.packed(ids, positions, Packed(lengths, inputs.sum(1), rollout.group))
-        source = torch.empty_like(rollout.actions)  # which token predicts which
-        source[:, 0] = (lengths.cumsum(0) - 1)[rollout.group]
-        source[:, 1:] = source[:, 1:].masked_scatter(inputs, torch.arange(len(in_prompt), len(ids), device=ids.device))
+        packed = Packed(lengths, inputs.sum(1), rollout.group)
+        hidden = self.model.packed(ids, positions, packed, packed.asking)  # the prompts' ends, then the completions
+        source = rollout.group[:, None].expand(rollout.actions.shape).clone()  # which of them predicts which token
+        source[:, 1:][inputs] = torch.arange(len(lengths), len(hidden), device=ids.device)
         return hidden.index_select(0, source[rollout.mask])
 
     def shared_hidden(self, rollout: Rollout) -> torch.Tensor:
         """The same from padded rows: each prompt once, then its rows against its cache."""
-        cache = self.model.new_cache()
-        hidden = self.model(rollout.prompts, **self.prompt_inputs(rollout), cache=cache)[:, -1:][rollout.group]
+        cache, prompt = self.model.new_cache(), self.prompt_inputs(rollout)
+        hidden = self.model(rollout.prompts, **prompt, cache=cache)[:, -1:][rollout.group]
         if rollout.actions.shape[1] > 1:
-            cache.select(rollout.group)
-            rest = self.model(rollout.actions[:, :-1], **self.completion_inputs(rollout), cache=cache)
+            cache.share(rollout.group, key_mask=prompt["key_mask"])
+            rest = self.model(rollout.actions[:, :-1], self.completion_positions(rollout), cache)
             hidden = torch.cat([hidden, rest], 1)
         return hidden[rollout.mask]
 
     def joined_hidden(self, rollout: Rollout) -> torch.Tensor:
         """The same from one uncached pass over padded rows of prompt and completion together."""
-        prompt, completion = self.prompt_inputs(rollout), self.completion_inputs(rollout)
+        prompt, later = self.prompt_inputs(rollout), self.completion_positions(rollout)
         ids = torch.cat([rollout.prompts[rollout.group], rollout.actions[:, :-1]], 1)
-        positions = torch.cat([prompt["positions"][rollout.group], completion["positions"]], 1)
-        hidden = self.model(ids, positions, key_mask=completion["key_mask"])
+        positions = torch.cat([prompt["positions"][rollout.group], later], 1)
+        real = rollout.prompt_mask[rollout.group]
+        key_mask = None if real.all() else torch.cat([real, torch.ones_like(later, dtype=torch.bool)], 1)
+        hidden = self.model(ids, positions, key_mask=key_mask)
         return hidden[:, rollout.prompts.shape[1] - 1 :][rollout.mask]
 
 

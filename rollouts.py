@@ -1,7 +1,7 @@
-"""What was sampled: rollouts, how they are cut into passes over a model, and how attention sees their packed tokens.
+"""What was sampled: rollouts, and how they are cut into passes over a model.
 
 Shapes: P prompts, G completions of each, B = P * G rows (prompt-major), L prompt tokens after left padding,
-T completion tokens after right padding, N tokens without any padding, H heads, K key-value heads, D width of a head.
+T completion tokens after right padding.
 """
 
 import dataclasses
@@ -11,8 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-
-from model_toy import attention
 
 
 @dataclass
@@ -110,48 +108,3 @@ def micro_batches(rollout: Rollout, token_budget: int, layout: str = "packed") -
         batches[-1] += rows
         prompts.append(prompt)
     return [torch.tensor(sorted(rows), device=rollout.mask.device) for rows in batches]
-
-
-class Packed:
-    """Attention over packed tokens: first the tokens of P prompts, one after the other, then those of B completions.
-
-    A prompt sees itself, a completion its own prompt and itself. `prompts` (P,) and `completions` (B,) are numbers of
-    tokens, `group` (B,) names the prompt of each completion. Only here, between projections, do rows have one width.
-    """
-
-    def __init__(self, prompts: torch.Tensor, completions: torch.Tensor, group: torch.Tensor):
-        self.group, self.sizes = group, [int(prompts.sum()), int(completions.sum())]
-        first, width = torch.arange(len(prompts), device=group.device), len(group) // len(prompts)
-        self.even = torch.equal(group, first.repeat_interleave(width))  # each prompt has as many rows as the others
-        # Which slots of (P, L) and of (B, T), padded on the right, are real.
-        self.real = [
-            torch.arange(int(lengths.max()), device=group.device) < lengths[:, None]
-            for lengths in (prompts, completions)
-        ]
-        self.slots = [None if real.all() else real.flatten().nonzero()[:, 0] for real in self.real]
-        before = self.of_rows(self.real[0])[:, None].expand(-1, self.real[1].shape[1], -1)
-        visible = torch.cat([before, torch.ones_like(before[..., :1]).expand(-1, -1, before.shape[1]).tril()], 2)
-        self.mask = torch.zeros(visible.shape, device=group.device).masked_fill(~visible, -torch.inf)[:, None]
-
-    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """What queries (N, H, D) see of keys and values (N, K, D): (N, H, D)."""
-        (q_prompt, q), (k_prompt, k), (v_prompt, v) = map(self.pad, (q, k, v))
-        k, v = torch.cat([self.of_rows(k_prompt), k], 2), torch.cat([self.of_rows(v_prompt), v], 2)
-        seen = [attention(q_prompt, k_prompt, v_prompt, causal=True), attention(q, k, v, self.mask)]
-        seen = [x.transpose(1, 2).flatten(0, 1) for x in seen]
-        return torch.cat([x if i is None else x.index_select(0, i) for x, i in zip(seen, self.slots, strict=True)])
-
-    def pad(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """Tokens (N, heads, D) as prompts (P, heads, L, D) and completions (B, heads, T, D), zeros at padding."""
-        parts = list(x.split(self.sizes))
-        for i, (real, slots) in enumerate(zip(self.real, self.slots, strict=True)):
-            if slots is not None:
-                parts[i] = x.new_zeros(real.numel(), *x.shape[1:]).index_copy(0, slots, parts[i])
-            parts[i] = parts[i].view(*real.shape, *x.shape[1:]).transpose(1, 2)
-        return parts
-
-    def of_rows(self, x: torch.Tensor) -> torch.Tensor:
-        """What belongs to the prompts (P, ...), repeated for their rows (B, ...)."""
-        if self.even:  # its backward pass is a sum, 10 % of attention faster than adding up rows by index
-            return x[:, None].expand(-1, len(self.group) // len(x), *x.shape[1:]).flatten(0, 1)
-        return x.index_select(0, self.group)

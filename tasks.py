@@ -304,7 +304,7 @@ TASKS = {
             chat_instruction="Work it out step by step, then end with the number in <answer>...</answer>.",
             max_new_tokens=32,
             toy=True,
-            epochs=10.0,
+            epochs=9.0,
             learning_rate=2e-3,
         ),
         Task(

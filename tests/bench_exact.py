@@ -5,6 +5,7 @@
 A toy and a small model with random weights, ragged prompts and completions, float32. Prints a table.
 """
 
+import contextlib
 import sys
 from pathlib import Path
 from unittest import mock
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from bench_main import table
 from bench_sampler import MODELS, random_policy, random_prompts
 
-import model_toy
+import attention
 
 
 def plain_attention(q, k, v, mask=None, causal=False):
@@ -36,14 +37,17 @@ def changes(policy, rollout, key: tuple) -> dict[str, float]:
         return again.sampler_logp if torch.equal(again.actions, rollout.actions) else torch.full((1,), torch.nan)
 
     found = {"packed against padded rows": (scored() - scored(layout="joined")).abs().max()}
-    found["prompts shared against padded rows"] = (scored(layout="shared") - scored(layout="joined")).abs().max()
+    shared = scored(layout="shared")
+    found["prompts shared in the scorer, against padded rows"] = (shared - scored(layout="joined")).abs().max()
     found["sampler against scorer"] = (rollout.sampler_logp - scored()).abs().max()
-    with mock.patch.object(model_toy, "attention", plain_attention), mock.patch("rollouts.attention", plain_attention):
+    with mock.patch("model_toy.attention", plain_attention), mock.patch("attention.attention", plain_attention):
         plain, fused = scored(), sampled()
     found["attention written out, in the scorer"] = (scored() - plain).abs().max()
     found["query heads folded, in the sampler"] = (rollout.sampler_logp - fused).abs().max()
-    with mock.patch.object(model_toy.Linear, "forward", torch.nn.Linear.forward):
-        found["few rows as columns"] = (rollout.sampler_logp - sampled()).abs().max()
+    with mock.patch("policy.prepacked", lambda *_: contextlib.nullcontext()):
+        found["weights ordered for decoding"] = (rollout.sampler_logp - sampled()).abs().max()
+    with mock.patch.object(attention.Cache, "share_from", 1):
+        found["prompts shared while decoding"] = (rollout.sampler_logp - sampled()).abs().max()
     whole = scored()
     policy.chunk_logits = 64 * policy.model.config.vocab_size
     found["logits in chunks"] = (scored() - whole).abs().max()

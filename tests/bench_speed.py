@@ -111,7 +111,7 @@ class DrawnLengths(IdsPolicy):
 
     lengths: torch.Tensor  # (B,)
 
-    def decode(self, hidden, cache, positions, key_mask, uniforms, choose, noise):
+    def decode(self, hidden, cache, positions, uniforms, choose, noise):
         here = torch.arange(1, uniforms.shape[1] + 1) == self.lengths[:, None]
         end = self.end_ids[0]
 
@@ -120,7 +120,7 @@ class DrawnLengths(IdsPolicy):
             return torch.where(uniform > 1, end, token + (token == end))  # the id after it, where it was drawn too soon
 
         uniforms = uniforms.masked_fill(here.to(uniforms.device), 2.0)
-        return super().decode(hidden, cache, positions, key_mask, uniforms, forced, noise)
+        return super().decode(hidden, cache, positions, uniforms, forced, noise)
 
 
 def make_policy(setting: Setting, args: argparse.Namespace, device: torch.device) -> TokenPolicy:

@@ -10,13 +10,14 @@ FLOORS = {  # file: its floor, the most lines it may have; the first drawing's n
     "grpo.py": (8, 545),  # 480
     "sft.py": (7, 208),  # 200
     "inference.py": (6, 381),  # 380
-    "checkpoints.py": (5, 410),  # 400
+    "checkpoints.py": (5, 420),  # 400
     "policy.py": (4, 500),
-    "rollouts.py": (3, 160),  # not drawn: policy.py had become 600 lines
+    "rollouts.py": (3, 112),  # not drawn: policy.py had become 600 lines
     "tasks.py": (3, 440),  # 420, and room for another task
     "rewards.py": (2, 600),  # 520
     "runs.py": (1, 534),  # 450
-    "model_toy.py": (1, 424),  # 400,
+    "model_toy.py": (1, 400),
+    "attention.py": (0, 205),  # not drawn: model_toy.py had become 530 lines
     "plot_metrics.py": (1, 450),
 }
 

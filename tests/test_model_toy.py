@@ -10,7 +10,17 @@ from transformers import LlamaConfig as ReferenceConfig
 from transformers import LlamaForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from model_toy import SPECIAL, WORDS, Cache, Linear, Llama, LlamaConfig, attention, character_tokenizer
+from model_toy import (
+    SPECIAL,
+    WORDS,
+    Cache,
+    Linear,
+    Llama,
+    LlamaConfig,
+    attention,
+    character_tokenizer,
+    prepacked,
+)
 
 SIZES = {
     "grouped-tied": {"num_key_value_heads": 2, "tie_word_embeddings": True},
@@ -71,12 +81,10 @@ def test_logits_of_a_left_padded_batch(pair):
     assert logits.isfinite().all()
 
 
-@pytest.mark.parametrize("room", [0, 7], ids=["growing", "preallocated"])
-def test_cached_decoding(pair, room):
+def test_cached_decoding(pair):
     """A prompt of 5 in one call, 3 tokens in the next, then one at a time: the logits of one uncached pass."""
     ours, reference = pair
     ids, mask, positions = padded_batch(ours.config.vocab_size)
-    ids, mask, positions = ids[:2], mask[:2], positions[:2]
     parts = []
     with torch.no_grad():
         expected = reference(ids, attention_mask=mask.long(), position_ids=positions).logits
@@ -84,26 +92,57 @@ def test_cached_decoding(pair, room):
         for start, end in [(0, 5), (5, 8), (8, 9), (9, 10), (10, 11), (11, 12)]:
             hidden = ours(ids[:, start:end], positions[:, start:end], cache, mask[:, :end])
             parts.append(ours.logits(hidden))
-            if start == 0 and room:
-                cache.select(torch.arange(2), room)
             assert cache.length == end
     torch.testing.assert_close(torch.cat(parts, 1)[mask], expected[mask], rtol=0, atol=1e-5)
 
 
-def test_cache_rows_can_be_selected_and_repeated(pair):
+@pytest.mark.parametrize("share_from", [1, 64], ids=["shared", "repeated"])
+@pytest.mark.parametrize("room", [0, 6], ids=["growing", "preallocated"])
+def test_rows_that_share_a_cache(pair, share_from, room):
+    """Uneven groups after padded texts, three tokens at once and then one by one, rows dropped on the way."""
     ours, reference = pair
-    ids, _, _ = padded_batch(ours.config.vocab_size)
-    rows = torch.tensor([2, 0, 0])
-    joined = torch.cat([ids[rows, :6], ids[:, 6:]], 1)
-    positions = torch.arange(12).expand(3, 12)
+    ids, mask, positions = padded_batch(ours.config.vocab_size)
+    group = torch.tensor([0, 0, 0, 1, 2, 2])
+    new = torch.randint(3, ours.config.vocab_size, (6, 6), generator=torch.Generator().manual_seed(1))
+    whole, real = torch.cat([ids[group, :6], new], 1), torch.cat([mask[group, :6], torch.ones(6, 6, dtype=bool)], 1)
+    places = (real.cumsum(1) - 1).clamp(min=0)
+    rows = torch.arange(6)
     with torch.no_grad():
-        for room in (0, 6):
-            cache = Cache(ours.config.num_hidden_layers)
-            ours(ids[:, :6], positions[:, :6], cache)
-            cache.select(rows, room)
-            hidden = ours(joined[:, 6:], positions[:, 6:], cache)
-            expected = reference(joined).logits[:, 6:]
-            torch.testing.assert_close(ours.logits(hidden), expected, rtol=0, atol=1e-5)
+        expected = reference(whole, attention_mask=real.long(), position_ids=places).logits
+        cache = Cache(ours.config.num_hidden_layers)
+        cache.share_from = share_from
+        ours(ids[:, :6], positions[:, :6], cache, mask[:, :6])
+        cache.share(group, room, mask[:, :6])
+        for start, end in [(6, 9), (9, 10), (10, 11), (11, 12)]:
+            hidden = ours(whole[rows, start:end], places[rows, start:end], cache)
+            torch.testing.assert_close(ours.logits(hidden), expected[rows, start:end], rtol=0, atol=1e-5)
+            if end < 11:
+                keep = torch.tensor([0, 2, 3, 5]) if end == 9 else torch.tensor([1, 2, 3])
+                rows = rows[keep]
+                cache.select(keep)
+    assert len(cache.shared) == (share_from == 1)
+
+
+def test_what_all_texts_share_and_what_rows_share(pair):
+    """A beginning that all prompts have, then prompts, then rows: read once each, with the logits of one pass."""
+    ours, reference = pair
+    ids = torch.randint(3, ours.config.vocab_size, (4, 12), generator=torch.Generator().manual_seed(1))
+    ids[:, :4] = ids[0, :4].clone()
+    ids[1::2, :8] = ids[::2, :8].clone()
+    positions = torch.arange(12).expand(4, 12)
+    with torch.no_grad():
+        expected = reference(ids).logits
+        cache = Cache(ours.config.num_hidden_layers)
+        cache.share_from = 1
+        ours(ids[:1, :4], positions[:1, :4], cache)
+        cache.share(torch.tensor([0, 0]))
+        hidden = ours(ids[::2, 4:8], positions[::2, 4:8], cache)
+        torch.testing.assert_close(ours.logits(hidden), expected[::2, 4:8], rtol=0, atol=1e-5)
+        cache.share(torch.tensor([0, 0, 1, 1]), room=4)
+        for t in range(8, 12):
+            hidden = ours(ids[:, t : t + 1], positions[:, t : t + 1], cache)
+            torch.testing.assert_close(ours.logits(hidden), expected[:, t : t + 1], rtol=0, atol=1e-5)
+    assert [len(shared.layers[0][0]) for shared in cache.shared] == [1, 2]
 
 
 def test_parameter_gradients(pair):
@@ -260,14 +299,14 @@ def test_character_tokenizer_does_not_depend_on_the_order_of_texts():
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rows", [1, 8, 32, 33])
-def test_few_rows_taken_as_columns_give_the_same_product(rows, bias):
-    layer = Linear(512, 640, bias=bias)
-    x = torch.randn(rows, 1, 512, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        out = layer(x)
-    assert out.shape == (rows, 1, 640) and out.is_contiguous()
-    torch.testing.assert_close(out, F.linear(x, layer.weight, layer.bias), rtol=0, atol=1e-5)
+def test_prepacked_weights_give_the_same_product_and_are_given_up(bias):
+    layers = torch.nn.Sequential(Linear(512, 640, bias=bias), Linear(640, 8))
+    x = torch.randn(9, 1, 512, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), prepacked(layers, 9):
+        assert [layer.ordered is not None for layer in layers] == [True, False]  # the second is too small to pay
+        out = layers[0](x)
+    assert layers[0].ordered is None and "ordered" not in layers.state_dict()
+    torch.testing.assert_close(out, F.linear(x, layers[0].weight, layers[0].bias), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("length", "keys", "heads"), [(1, 9, 4), (5, 9, 4), (5, 9, 2), (5, 600, 4)])

@@ -6,6 +6,7 @@ import torch
 from test_oracle_sampler import sample
 
 import policy as policies
+from attention import Packed
 from policy import frozen, inverse_cdf, most_logits
 from rollouts import Rollout, micro_batches
 
@@ -181,9 +182,24 @@ def test_the_sampler_keeps_one_cache(ragged, monkeypatch):
     cache = policy.model.new_cache()
     monkeypatch.setattr(policy.model, "new_cache", lambda: cache)
     select = cache.select
-    monkeypatch.setattr(cache, "select", lambda rows, room=0: select(rows, room) or kept.append(cache.layers[0][0]))
+    monkeypatch.setattr(cache, "select", lambda rows: select(rows) or kept.append(cache.layers[0][0]))
     sample(policy)
     assert len({keys.data_ptr() for keys in kept}) == 1 and len({len(keys) for keys in kept}) == len(kept) > 2
+
+
+def test_the_last_block_is_asked_for_what_predicts(ragged):
+    """Of a packed pass over all tokens the rows that predict are those of a pass that is asked for them only."""
+    policy, rollout = ragged
+    lengths, inputs = rollout.prompt_mask.sum(1), rollout.mask[:, 1:]
+    ids = torch.cat([rollout.prompts[rollout.prompt_mask], rollout.actions[:, :-1][inputs]])
+    positions = torch.arange(len(ids)) % 7  # any will do
+    packed = Packed(lengths, inputs.sum(1), rollout.group)
+    assert len(packed.asking) == len(lengths) + int(inputs.sum()) < len(ids)
+    assert packed.asking[: len(lengths)].tolist() == (lengths.cumsum(0) - 1).tolist()
+    with torch.no_grad():
+        whole = policy.model.packed(ids, positions, packed)
+        asked = policy.model.packed(ids, positions, packed, packed.asking)
+    torch.testing.assert_close(asked, whole[packed.asking], rtol=0, atol=1e-5)
 
 
 def test_frozen_in_float32_keeps_a_tied_output_layer_tied(random_policy):

@@ -1,0 +1,203 @@
+"""How tokens see each other: attention and its masks, the cache of decoding, texts that rows share, packed tokens.
+
+Shapes: P prompts, B rows, T new tokens, L tokens in the cache after this call, N tokens without any padding,
+H attention heads, K key-value heads, D width of a head.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None, causal=False):
+    """Softmax attention (B, H, T, D) of queries (B, H, T, D) over keys and values (B, K, L, D).
+
+    Query heads that share a key are rows of one product where one token is decoded, else keys are expanded: with
+    `enable_gqa` and a mask CUDA has no fused kernel. On a CPU, short rows with a mask are written out: 0.45 to 0.95 of
+    the fused kernel's time, backward included.
+    """
+    length, share = q.shape[2], q.shape[1] // k.shape[1]
+    mask = None if mask is None else mask.to(q.dtype)
+    if share > 1 and length == 1:
+        return F.scaled_dot_product_attention(q.view(len(q), k.shape[1], share, -1), k, v, mask).view(q.shape)
+    if share > 1:
+        k, v = (x.repeat_interleave(share, 1) for x in (k, v))
+    if mask is not None and q.device.type == "cpu" and k.shape[2] <= 512:
+        return ((q * q.shape[-1] ** -0.5) @ k.transpose(2, 3) + mask).softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
+
+
+def attention_mask(new: int, length: int, key_mask: torch.Tensor | None, device) -> torch.Tensor | None:
+    """Mask (B or 1, 1, T, L), 0 where a query may look, else -inf; None where plain causal attention will do."""
+    if key_mask is None and (new == 1 or new == length):
+        return None
+    visible = torch.ones(1, 1, new, length, dtype=torch.bool, device=device).tril(length - new)
+    if key_mask is not None:
+        # A padding query must see something, or its softmax is 0/0 and the NaN spreads: let it see itself.
+        visible = (visible & key_mask[:, None, None, :]) | visible.triu(length - new)
+    return additive(visible)
+
+
+def additive(visible: torch.Tensor) -> torch.Tensor:
+    """0 where a bool mask is true, else -inf: what scores are added to."""
+    return torch.zeros(visible.shape, device=visible.device).masked_fill(~visible, -torch.inf)
+
+
+class Shared:
+    """Keys and values (n, K, L, D) in each layer of n texts, each the beginning of several rows.
+
+    `group` (B,), ascending, names the text of each row, `key_mask` (n, L) is true on real tokens.
+    """
+
+    def __init__(self, layers: list[tuple[torch.Tensor, torch.Tensor]], group: torch.Tensor, key_mask=None):
+        self.layers = layers
+        self.mask = None if key_mask is None else additive(key_mask)[:, None, None]
+        self.regroup(group)
+
+    def regroup(self, group: torch.Tensor) -> None:
+        """Take other rows; if their numbers differ, each text gets as many slots as the one with the most rows."""
+        sizes = torch.bincount(group, minlength=len(self.layers[0][0]))
+        self.group, self.shape = group, (len(sizes), int(sizes.max()))
+        within = torch.arange(len(group), device=group.device) - (sizes.cumsum(0) - sizes)[group]
+        self.slots = None if self.shape[0] * self.shape[1] == len(group) else group * self.shape[1] + within
+
+    def fold(self, x: torch.Tensor) -> torch.Tensor:
+        """Rows (B, K, S, D) side by side, one matrix for each text and head: (n, K, rows * S, D)."""
+        if self.slots is not None:
+            x = x.new_zeros(self.shape[0] * self.shape[1], *x.shape[1:]).index_copy(0, self.slots, x)
+        return x.unflatten(0, self.shape).transpose(1, 2).flatten(2, 3)
+
+    def unfold(self, x: torch.Tensor) -> torch.Tensor:
+        """The inverse of `fold`."""
+        x = x.unflatten(2, (self.shape[1], -1)).transpose(1, 2).flatten(0, 1)
+        return x if self.slots is None else x.index_select(0, self.slots)
+
+
+def attention_with(shared: list[Shared], layer: int, q, k, v, mask: torch.Tensor | None) -> torch.Tensor:
+    """The same (B, H, T, D) over the texts that rows share as well as over their own keys and values (B, K, L, D)."""
+    heads = (k.shape[1], q.shape[1] // k.shape[1])
+    rows = q.unflatten(1, heads).flatten(2, 3) * q.shape[-1] ** -0.5  # (B, K, H / K * T, D)
+    scores, values = [], []
+    for text in shared:
+        keys, value = text.layers[layer]
+        score = text.fold(rows) @ keys.transpose(2, 3)
+        scores.append(text.unfold(score if text.mask is None else score + text.mask.to(score.dtype)))
+        values.append(value)
+    own = rows @ k.transpose(2, 3)
+    scores.append(own if mask is None else own + mask.repeat(1, 1, heads[1], 1).to(own.dtype))
+    weights = torch.cat(scores, -1).softmax(-1, torch.float32).to(v.dtype).split([x.shape[-1] for x in scores], -1)
+    seen = weights[-1] @ v
+    for text, weight, value in zip(shared, weights, values, strict=False):
+        seen = seen + text.unfold(text.fold(weight) @ value)
+    return seen.unflatten(2, (heads[1], -1)).flatten(1, 2)
+
+
+class Cache:
+    """Keys and values of every layer, (B, K, L, D) each, and before them those of texts that rows share.
+
+    It grows by concatenation, which autograd can follow (the scorer), or, if `share` made room, in place (the sampler).
+    """
+
+    share_from = 64  # tokens of a text
+
+    def __init__(self, num_layers: int):
+        self.layers: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * num_layers
+        self.shared: list[Shared] = []
+        self.key_mask: torch.Tensor | None = None  # (B, L) of what was repeated for the rows; None: all is real
+        self.length = 0
+        self.room = 0
+
+    def extend(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append (B, K, T, D) keys and values to a layer and return all of the rows' own, (B, K, L, D)."""
+        if self.room:
+            if self.layers[layer] is None:
+                self.layers[layer] = tuple(x.new_empty(*x.shape[:2], self.room, x.shape[3]) for x in (key, value))
+            end = self.length + key.shape[2]
+            for buffer, new in zip(self.layers[layer], (key, value), strict=True):
+                buffer[:, :, self.length : end] = new
+            return tuple(buffer[:, :, :end] for buffer in self.layers[layer])
+        if self.layers[layer] is not None:
+            key, value = (torch.cat(pair, 2) for pair in zip(self.layers[layer], (key, value), strict=True))
+        self.layers[layer] = (key, value)
+        return key, value
+
+    def share(self, group: torch.Tensor, room: int = 0, key_mask: torch.Tensor | None = None) -> None:
+        """Go on with rows of which `group` (B,), ascending, names the one so far that each continues.
+
+        A long text stays where it is and is read once for all its rows, which takes half the time of a token after 256
+        tokens that 16 rows share; a short one is repeated, which saves products. `key_mask` (rows so far, L) is true on
+        real tokens; the rows get space for `room` more.
+        """
+        for shared in self.shared:
+            shared.regroup(shared.group[group])
+        if self.length < self.share_from:
+            self.key_mask = None if key_mask is None else key_mask[group]
+            repeated = [tuple(x.index_select(0, group) for x in pair) for pair in self.layers]
+            self.layers = [tuple(F.pad(x, (0, 0, 0, room)) for x in pair) for pair in repeated]
+            self.room = room and self.length + room
+        else:
+            self.shared.append(Shared(self.layers, group, key_mask))
+            self.layers, self.length, self.room = [None] * len(self.layers), 0, room
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Keep these rows (int64 indices, ascending); in place, one layer after the other: there are never two."""
+        for shared in self.shared:
+            shared.regroup(shared.group[rows])
+        self.key_mask = None if self.key_mask is None else self.key_mask[rows]
+        for i, pair in enumerate(self.layers):
+            if pair is not None:
+                self.layers[i] = tuple(buffer[: len(rows)] for buffer in pair)
+                for buffer, kept in zip(pair, self.layers[i], strict=True):
+                    kept[:, :, : self.length] = buffer[:, :, : self.length].index_select(0, rows)
+
+
+class Packed:
+    """Attention over packed tokens: first the tokens of P prompts, one after the other, then those of B completions.
+
+    A prompt sees itself, a completion its own prompt and itself. `prompts` (P,) and `completions` (B,) are numbers of
+    tokens, `group` (B,) names the prompt of each completion. Only here, between projections, do rows have one width.
+    """
+
+    def __init__(self, prompts: torch.Tensor, completions: torch.Tensor, group: torch.Tensor):
+        self.group, self.sizes = group, [int(prompts.sum()), int(completions.sum())]
+        first, width = torch.arange(len(prompts), device=group.device), len(group) // len(prompts)
+        self.even = torch.equal(group, first.repeat_interleave(width))  # each prompt has as many rows as the others
+        # Which slots of (P, L) and of (B, T), padded on the right, are real.
+        self.real = [
+            torch.arange(int(lengths.max()), device=group.device) < lengths[:, None]
+            for lengths in (prompts, completions)
+        ]
+        self.slots = [None if real.all() else real.flatten().nonzero()[:, 0] for real in self.real]
+        before = self.of_rows(self.real[0])[:, None].expand(-1, self.real[1].shape[1], -1)
+        visible = torch.cat([before, torch.ones_like(before[..., :1]).expand(-1, -1, before.shape[1]).tril()], 2)
+        self.mask, self.end_mask = additive(visible)[:, None], additive(self.real[0])[:, None, None]
+        # The tokens that predict one: the last of each prompt, and those of the completions.
+        tokens = torch.arange(sum(self.sizes), device=group.device)
+        self.asking = torch.cat([prompts.cumsum(0) - 1, tokens[self.sizes[0] :]])
+
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """What queries (N, H, D), or those of `asking` (M, H, D), see of keys and values (N, K, D): like queries."""
+        whole = len(q) == sum(self.sizes)
+        k_prompt, v_prompt = self.pad(k, 0), self.pad(v, 0)
+        if whole:
+            of_prompts = attention(self.pad(q, 0), k_prompt, v_prompt, causal=True).transpose(1, 2).flatten(0, 1)
+            of_prompts = of_prompts if self.slots[0] is None else of_prompts.index_select(0, self.slots[0])
+        else:
+            ends = q[: len(k_prompt), :, None]
+            of_prompts = attention(ends, k_prompt, v_prompt, self.end_mask)[:, :, 0]
+        k, v = (torch.cat([self.of_rows(x), self.pad(y, 1)], 2) for x, y in ((k_prompt, k), (v_prompt, v)))
+        of_rows = attention(self.pad(q, 1), k, v, self.mask).transpose(1, 2).flatten(0, 1)
+        return torch.cat([of_prompts, of_rows if self.slots[1] is None else of_rows.index_select(0, self.slots[1])])
+
+    def pad(self, x: torch.Tensor, part: int) -> torch.Tensor:
+        """Of tokens (N, heads, D) the prompts (part 0) as (P, heads, L, D) or the completions (part 1), zero-padded."""
+        x = x[: self.sizes[0]] if part == 0 else x[len(x) - self.sizes[1] :]
+        real, slots = self.real[part], self.slots[part]
+        if slots is not None:
+            x = x.new_zeros(real.numel(), *x.shape[1:]).index_copy(0, slots, x)
+        return x.unflatten(0, real.shape).transpose(1, 2)
+
+    def of_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """What belongs to the prompts (P, ...), repeated for their rows (B, ...)."""
+        if self.even:  # its backward pass is a sum, 10 % of attention faster than adding up rows by index
+            return x[:, None].expand(-1, len(self.group) // len(x), *x.shape[1:]).flatten(0, 1)
+        return x.index_select(0, self.group)
