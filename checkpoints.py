@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from attention import Cache
 from model_toy import Autoencoder, AutoencoderConfig, Llama, LlamaConfig
 from policy import GaussianPolicy, Policy, TokenPolicy, most_logits
 from rewards import Rewards
@@ -363,13 +364,17 @@ def plan(policy: TokenPolicy, rows: int, prompts: int, prompt_tokens: int, max_n
     if low:  # linear layers in two bytes; the embedding in four, and no longer one with the output layer
         embedding = config.vocab_size * hidden
         copy = 2 * (weights + embedding * (1 + bool(getattr(config, "tie_word_embeddings", False))))
-    cache = 2 * size * layers * width * rows * length + 5 * 4 * rows * config.vocab_size
+    ours = isinstance(model, Llama)
+    shared = ours and prompt_tokens >= Cache.share_from  # else each row has a copy of its prompt's keys and values
+    seen = (prompts if shared else rows) * prompt_tokens + rows * max_new_tokens
+    cache = 2 * size * layers * width * seen + 5 * 4 * rows * config.vocab_size
+    decoding = copy if low else 4 * weights * (ours and settings["device"].type == "cpu")  # weights made ready for it
     parts = {
         "process": (own_bytes(settings["device"]), "Python and its libraries"),
         "weights": (4 * weights, "a smaller --model"),
         "optimizer": (8 * weights, "a smaller --model"),
         "reference": (copy * settings["reference"], "--dtype bfloat16, or --beta 0"),
-        "sampling": (cache + low * copy, "--batch-size, --num-generations or --max-new-tokens"),
+        "sampling": (cache + decoding, "--batch-size, --num-generations or --max-new-tokens"),
         "gradients": ((6 if low else 4) * weights, "a smaller --model"),  # bfloat16: with autocast's copies
         "activations": (kept + 3 * tokens * inner * size, "--gradient-checkpointing, then --micro-batch-tokens"),
         "logits": (4 * 4 * min(most, scores), "--micro-batch-tokens" if whole else "bounded by chunks"),

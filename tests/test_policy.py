@@ -7,7 +7,7 @@ from test_oracle_sampler import sample
 
 import policy as policies
 from attention import Packed
-from policy import frozen, inverse_cdf, most_logits
+from policy import frozen, inverse_cdf, most_logits, score_rollout
 from rollouts import Rollout, micro_batches
 
 
@@ -145,6 +145,19 @@ def test_frozen_in_bfloat16_gives_the_policys_own_log_probabilities(random_polic
     assert {kind for name, kind in kinds.items() if "norm" not in name} == {torch.bfloat16}
     assert not any(weight.requires_grad for weight in reference.model.parameters())
     assert all(weight.dtype == torch.float32 and weight.requires_grad for weight in policy.model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_learns_starts_where_the_reference_is(ragged, dtype):
+    """Log-probabilities with gradient are to the bit those without: the KL of the first update is exactly 0."""
+    policy, rollout = ragged
+    policy.dtype = dtype
+    of_reference = score_rollout(frozen(policy), rollout, 64)
+    batches = micro_batches(rollout, 64, policy.layout)
+    assert len(batches) > 1
+    for rows in batches:
+        logp, _ = policy.log_probs(rollout.select(rows))
+        assert logp.requires_grad and torch.equal(logp.detach(), of_reference[rows, : logp.shape[1]])
 
 
 @pytest.mark.parametrize("look_every", [2, 5, 100])
