@@ -151,14 +151,16 @@ class Cache:
 
 
 class Packed:
-    """Attention over packed tokens: first the tokens of P prompts, one after the other, then those of B completions.
+    """Attention over packed tokens: those of P prompts, one after the other, then those of B completions.
 
-    A prompt sees itself, a completion its own prompt and itself. `prompts` (P,) and `completions` (B,) are numbers of
+    A prompt sees itself, a completion its own prompt and itself. What all prompts begin with, `common` tokens, stands
+    before all else, once. `prompts` (P,) and `completions` (B,) are numbers of
     tokens, `group` (B,) names the prompt of each completion. Only here, between projections, do rows have one width.
     """
 
-    def __init__(self, prompts: torch.Tensor, completions: torch.Tensor, group: torch.Tensor):
-        self.group, self.sizes = group, [int(prompts.sum()), int(completions.sum())]
+    def __init__(self, prompts: torch.Tensor, completions: torch.Tensor, group: torch.Tensor, common: int = 0):
+        self.group, self.common, prompts = group, common, prompts - common
+        self.sizes = [int(prompts.sum()), int(completions.sum())]
         first, width = torch.arange(len(prompts), device=group.device), len(group) // len(prompts)
         self.even = torch.equal(group, first.repeat_interleave(width))  # each prompt has as many rows as the others
         # Which slots of (P, L) and of (B, T), padded on the right, are real.
@@ -167,34 +169,50 @@ class Packed:
             for lengths in (prompts, completions)
         ]
         self.slots = [None if real.all() else real.flatten().nonzero()[:, 0] for real in self.real]
-        before = self.of_rows(self.real[0])[:, None].expand(-1, self.real[1].shape[1], -1)
+        keys = F.pad(self.real[0], (common, 0), value=True)  # (P, common + L)
+        before = self.of_rows(keys)[:, None].expand(-1, self.real[1].shape[1], -1)
         visible = torch.cat([before, torch.ones_like(before[..., :1]).expand(-1, -1, before.shape[1]).tril()], 2)
-        self.mask, self.end_mask = additive(visible)[:, None], additive(self.real[0])[:, None, None]
+        self.mask, self.end_mask = additive(visible)[:, None], additive(keys)[:, None, None]
+        length = self.real[0].shape[1]
+        after = torch.ones(1, 1, length, common + length, dtype=torch.bool, device=group.device).tril(common)
+        self.prompt_mask = additive(after) if common else None  # None: plain causal attention
         # The tokens that predict one: the last of each prompt, and those of the completions.
-        tokens = torch.arange(sum(self.sizes), device=group.device)
-        self.asking = torch.cat([prompts.cumsum(0) - 1, tokens[self.sizes[0] :]])
+        tokens = torch.arange(common + sum(self.sizes), device=group.device)
+        self.asking = torch.cat([common + prompts.cumsum(0) - 1, tokens[common + self.sizes[0] :]])
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """What queries (N, H, D), or those of `asking` (M, H, D), see of keys and values (N, K, D): like queries."""
-        whole = len(q) == sum(self.sizes)
+        whole, seen = len(q) == len(k), []
         k_prompt, v_prompt = self.pad(k, 0), self.pad(v, 0)
+        if self.common:
+            first = [x[: self.common].transpose(0, 1)[None] for x in (q, k, v)]  # (1, heads, common, D)
+            seen += [attention(*first, causal=True)[0].transpose(0, 1)] * whole
+            k_prompt, v_prompt = (
+                torch.cat([x.expand(len(y), -1, -1, -1), y], 2)
+                for x, y in zip(first[1:], (k_prompt, v_prompt), strict=True)
+            )
         if whole:
-            of_prompts = attention(self.pad(q, 0), k_prompt, v_prompt, causal=True).transpose(1, 2).flatten(0, 1)
-            of_prompts = of_prompts if self.slots[0] is None else of_prompts.index_select(0, self.slots[0])
+            of_prompts = attention(self.pad(q, 0), k_prompt, v_prompt, self.prompt_mask, causal=not self.common)
+            seen.append(self.unpad(of_prompts, 0))
         else:
             ends = q[: len(k_prompt), :, None]
-            of_prompts = attention(ends, k_prompt, v_prompt, self.end_mask)[:, :, 0]
+            seen.append(attention(ends, k_prompt, v_prompt, self.end_mask)[:, :, 0])
         k, v = (torch.cat([self.of_rows(x), self.pad(y, 1)], 2) for x, y in ((k_prompt, k), (v_prompt, v)))
-        of_rows = attention(self.pad(q, 1), k, v, self.mask).transpose(1, 2).flatten(0, 1)
-        return torch.cat([of_prompts, of_rows if self.slots[1] is None else of_rows.index_select(0, self.slots[1])])
+        seen.append(self.unpad(attention(self.pad(q, 1), k, v, self.mask), 1))
+        return torch.cat(seen)
 
     def pad(self, x: torch.Tensor, part: int) -> torch.Tensor:
         """Of tokens (N, heads, D) the prompts (part 0) as (P, heads, L, D) or the completions (part 1), zero-padded."""
-        x = x[: self.sizes[0]] if part == 0 else x[len(x) - self.sizes[1] :]
+        x = x[self.common : self.common + self.sizes[0]] if part == 0 else x[len(x) - self.sizes[1] :]
         real, slots = self.real[part], self.slots[part]
         if slots is not None:
             x = x.new_zeros(real.numel(), *x.shape[1:]).index_copy(0, slots, x)
         return x.unflatten(0, real.shape).transpose(1, 2)
+
+    def unpad(self, x: torch.Tensor, part: int) -> torch.Tensor:
+        """The inverse of `pad`."""
+        x = x.transpose(1, 2).flatten(0, 1)
+        return x if self.slots[part] is None else x.index_select(0, self.slots[part])
 
     def of_rows(self, x: torch.Tensor) -> torch.Tensor:
         """What belongs to the prompts (P, ...), repeated for their rows (B, ...)."""

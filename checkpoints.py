@@ -1,9 +1,10 @@
-"""A checkpoint becomes a policy and back: the toy, llama and qwen2 files, any other causal model of `transformers`.
+"""A checkpoint becomes a policy and back: the toy, llama and qwen2 files, GGUF, any causal model of `transformers`.
 
 Also `plan`: what a training step with a model will need. No pickle is read and no code of a checkpoint is run.
 """
 
 import dataclasses
+import importlib.util
 import os
 import re
 import warnings
@@ -11,114 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from attention import Cache
-from model_toy import Autoencoder, AutoencoderConfig, Llama, LlamaConfig
-from policy import GaussianPolicy, Policy, TokenPolicy, most_logits
+from model_hub import HubModel
+from model_toy import Llama, LlamaConfig
+from policy import Policy, TokenPolicy, most_logits
+from policy_gaussian import Autoencoder, AutoencoderConfig, GaussianPolicy
 from rewards import Rewards
 from runs import UserError, load_tensors, load_weights, read_json, save_weights, write_json
 from tasks import Task, find_task, load_task
 
-
-class HubCache:
-    """The cache of any model of `transformers`, with `Cache`'s two verbs; what rows share is repeated for each."""
-
-    def __init__(self):
-        from transformers import DynamicCache
-
-        self.inner = DynamicCache()
-        self.key_mask: torch.Tensor | None = None  # (B, L) true on real tokens of what rows shared; None: on all
-
-    def share(self, group: torch.Tensor, room: int = 0, key_mask: torch.Tensor | None = None) -> None:
-        """See `Cache.share`; it grows by concatenation, so `room` is not needed."""
-        self.key_mask = key_mask
-        self.select(group)
-
-    def select(self, rows: torch.Tensor) -> None:
-        """Keep these rows (int64 indices, repeats allowed)."""
-        self.inner.batch_select_indices(rows)
-        self.key_mask = None if self.key_mask is None else self.key_mask[rows]
-
-
-class HubModel(nn.Module):
-    """Any causal language model of `transformers` behind the two calls of `Llama`; raises ValueError for some."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        if getattr(model, "_is_stateful", False):
-            raise ValueError(f"{model.config.model_type} is recurrent: its state cannot be cut back to single rows")
-        self.model, self.config, self.full_logits = model, model.config.get_text_config(), False
-        self.max_length = getattr(self.config, "max_position_embeddings", None) or 2**31
-        for module in model.modules():  # the policy that samples is the policy that is scored: no dropout
-            for name, value in list(vars(module).items()):
-                if isinstance(value, float) and (name == "p" or "drop" in name):
-                    setattr(module, name, 0.0)
-        if model.device.type == "meta":  # sizes without numbers, for a dry run
-            caps = (getattr(self.config, name, None) for name in ("final_logit_softcapping", "logit_scale"))
-            self.full_logits = any(cap not in (None, 1.0) for cap in caps)
-            return
-        ids = torch.arange(4)[None].to(model.device)
-        with torch.no_grad():
-            expected = model(input_ids=ids).logits
-            hidden, cache = self(ids, ids), self.new_cache()
-            parts = torch.cat([self(ids[:, i:j], ids[:, i:j], cache) for i, j in ((0, 2), (2, 4))], 1)
-            ours = self.logits(hidden)
-        if hidden.shape != parts.shape or not torch.allclose(hidden, parts, rtol=1e-3, atol=1e-3):
-            raise ValueError(
-                f"{model.config.model_type} reads ahead or keeps no cache: it cannot be sampled token by token"
-            )
-        # Some models scale or cap their logits: there the "hidden states" are the logits themselves.
-        self.full_logits = ours.shape != expected.shape or not torch.allclose(ours, expected, rtol=1e-4, atol=1e-4)
-
-    @property
-    def checkpointing(self) -> bool:
-        return self.model.is_gradient_checkpointing
-
-    @checkpointing.setter
-    def checkpointing(self, on: bool) -> None:
-        if on:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        else:
-            self.model.gradient_checkpointing_disable()
-
-    def forward(self, ids, positions, cache: HubCache | None = None, key_mask: torch.Tensor | None = None):
-        """Last hidden states (B, T, C), or logits (B, T, V) where `full_logits`; arguments as in `Llama.forward`."""
-        # `transformers` checkpoints in training mode only, and then drops the cache; dropout is 0 in either mode.
-        self.model.train(self.checkpointing and torch.is_grad_enabled() and cache is None)
-        if cache is not None and cache.key_mask is not None:
-            new = ids.shape[1] + cache.inner.get_seq_length() - cache.key_mask.shape[1]
-            key_mask = torch.nn.functional.pad(cache.key_mask, (0, new), value=True)
-        output = (self.model if self.full_logits else self.model.base_model)(
-            input_ids=ids,
-            position_ids=positions,
-            attention_mask=None if key_mask is None else key_mask.long(),
-            past_key_values=None if cache is None else cache.inner,
-            use_cache=cache is not None,
-        )
-        return output.logits if self.full_logits else output.last_hidden_state
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits (..., V) of what `forward` returned."""
-        return hidden if self.full_logits else self.model.get_output_embeddings()(hidden)
-
-    def new_cache(self) -> HubCache:
-        return HubCache()
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint holds: of tied tensors the first."""
-        seen, kept = set(), {}
-        for name, x in self.model.state_dict().items():
-            if (x.data_ptr(), x.shape) not in seen:
-                kept[name] = x
-            seen.add((x.data_ptr(), x.shape))
-        return kept
-
-    def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
-        """Take the weights of a checkpoint; raises RuntimeError if they do not fit."""
-        if weights.keys() != self.weights().keys():
-            raise RuntimeError("other names than the model has")
-        self.model.load_state_dict(weights, strict=False)
+TOY_WEIGHTS = 10**7  # a toy has fewer
 
 
 def save(policy: Policy, folder: Path) -> None:
@@ -142,10 +46,15 @@ def save(policy: Policy, folder: Path) -> None:
 
 
 def find_checkpoint(name: str | Path, weights: bool = True) -> Path:
-    """The folder of a checkpoint: a local one, or the hub's model of that name, downloaded; raises UserError."""
+    """A checkpoint's folder or GGUF file: a local one, or a model of the hub, downloaded; raises UserError."""
     folder = Path(name)
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_file() and folder.suffix == ".gguf":
         return folder
+    if folder.is_dir() and any(folder.iterdir()):
+        files = sorted(folder.glob("*.gguf")) if not (folder / "config.json").exists() else []
+        if len(files) > 1:
+            raise UserError(f"--model: {folder} holds {len(files)} GGUF files; name one of them, as in {files[0]}")
+        return files[0] if files else folder
     make = f"no saved model in {str(name)!r}; make one with: python grpo.py --task arithmetic --out {name}"
     if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
         raise UserError(f"--model: {make}")
@@ -182,6 +91,34 @@ def load_model(folder: Path, weights: bool = True) -> Llama | HubModel:
     if weights:
         load_weights(file, model, read_shards(file))
     return model
+
+
+def load_gguf(path: Path, weights: bool = True) -> tuple[Llama | HubModel, object]:
+    """The model of a GGUF file, dequantized to float32 by `transformers`, and its tokenizer; raises UserError."""
+    if not importlib.util.find_spec("gguf"):
+        raise UserError(f"--model: {path} needs the package gguf; python -m pip install gguf")
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging
+
+    logging.set_verbosity_error()
+    where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name, "local_files_only": True}
+    try:
+        tokenizer, values = AutoTokenizer.from_pretrained(**where), AutoConfig.from_pretrained(**where)
+        with torch.device("meta"):
+            try:
+                model = Llama(LlamaConfig.from_json(values.to_dict()))
+            except ValueError:
+                model = None
+            if not weights:
+                return model or HubModel(AutoModelForCausalLM.from_config(values, dtype=torch.float32)), tokenizer
+        read = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        if model is None:
+            return HubModel(read), tokenizer
+        model.load_weights(read.state_dict())
+        return model, tokenizer
+    except Exception as error:  # of the gguf package, of transformers, of tokenizers: they have no common base
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        mend = "fetch the file again, or give a kind of model that transformers reads from GGUF, with its tokenizer"
+        raise UserError(f"--model: {path} cannot be read ({first}); {mend}") from error
 
 
 def read_shards(path: Path) -> dict[str, torch.Tensor]:
@@ -245,33 +182,77 @@ def load_tokenizer(folder: Path, model_type: str, vocab_size: int):
 def load(
     name: str | Path,
     device: torch.device | str,
-    dtype: str = "float32",
+    dtype: str | None = "float32",
     temperature: float = 1.0,
     exploration_noise: float | None = None,
+    chat_template: str | None = None,
+    thinking: str | None = None,
 ) -> Policy:
-    """The policy of a checkpoint folder or of a model of the hub; raises UserError.
+    """The policy of a checkpoint folder, a GGUF file or a model of the hub; raises UserError.
 
-    Weights are float32; `dtype` is that of the matrix products. On the device `meta` they are neither fetched nor read.
+    Weights are float32; `dtype` is that of the matrix products (None: see `choose_dtype`). On the device `meta` weights
+    are neither fetched nor read. `chat_template` is a file, or none; `thinking` is on or off.
     """
     device = torch.device(device)
     weights = device.type != "meta"
     folder = find_checkpoint(name, weights)
     if (folder / "config.json").is_file() and read_json(folder / "config.json").get("model_type") == "autoencoder":
         return load_autoencoder(folder, device, exploration_noise)
-    for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        if not (folder / file).is_file():
-            raise UserError(f"--model: {folder} lacks {file}; restore the file or make the run again")
-    model = load_model(folder, weights)
-    tokenizer = load_tokenizer(folder, model.config.model_type, model.config.vocab_size)
-    generation = folder / "generation_config.json"
-    sources = [read_json(folder / "config.json"), read_json(generation) if generation.is_file() else {}]
-    ends = [source.get("eos_token_id") for source in sources]
-    ends = [i for end in ends for i in (end if isinstance(end, list) else [end]) if i is not None]
+    if folder.suffix == ".gguf":
+        (model, tokenizer), ends = load_gguf(folder, weights), []
+    else:
+        for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+            if not (folder / file).is_file():
+                raise UserError(f"--model: {folder} lacks {file}; restore the file or make the run again")
+        model = load_model(folder, weights)
+        tokenizer = load_tokenizer(folder, model.config.model_type, model.config.vocab_size)
+        generation = folder / "generation_config.json"
+        sources = [read_json(folder / "config.json"), read_json(generation) if generation.is_file() else {}]
+        ends = [source.get("eos_token_id") for source in sources]
+        ends = [i for end in ends for i in (end if isinstance(end, list) else [end]) if i is not None]
     if not {tokenizer.eos_token_id, *ends} - {None}:
         raise UserError(f"{folder / 'config.json'} names no eos_token_id, so no completion could end; add it")
     policy = TokenPolicy(model.to(device), tokenizer, temperature, ends, exploration_noise or 0.0)
-    policy.dtype = getattr(torch, dtype)
+    policy.dtype = choose_dtype(dtype, policy, device)
+    set_template(policy, chat_template, thinking)
     return policy
+
+
+def choose_dtype(name: str | None, policy: Policy, device: torch.device) -> torch.dtype:
+    """Of matrix products: as named, else float32, and on a GPU bfloat16 if the model is no toy."""
+    return getattr(torch, name or ("bfloat16" if device.type == "cuda" and not is_toy(policy) else "float32"))
+
+
+def introduce(policy: Policy, config, prompt: str | list[dict]) -> None:
+    """Say of a model that is no toy what was chosen for it, and what it reads."""
+    if not is_toy(policy):
+        weights = sum(weight.numel() for weight in policy.model.parameters())
+        products = str(policy.dtype).removeprefix("torch.")
+        print(f"{config.model}: {weights:,} weights, products in {products}, learning rate {config.learning_rate:g}")
+        print(policy.show_prompt(prompt))
+
+
+def is_toy(policy: Policy | None) -> bool:
+    """Whether a policy is so small that it was made here (None: it will be), and learns at a toy's rate."""
+    return policy is None or sum(weight.numel() for weight in policy.model.parameters()) < TOY_WEIGHTS
+
+
+def set_template(policy: TokenPolicy, file: str | None, thinking: str | None) -> None:
+    """Give a policy the chat template of a file, or none, switch its thinking, and end answers as it ends them."""
+    tokenizer = policy.tokenizer
+    if file == "none":
+        tokenizer.chat_template = None
+    elif file is not None:
+        try:
+            tokenizer.chat_template = Path(file).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise UserError(f"--chat-template: {file} cannot be read ({error}); name a file, or none") from error
+    if thinking is not None:
+        if "enable_thinking" not in (tokenizer.chat_template or ""):
+            raise UserError("--thinking: the model's chat template has no such switch; leave it out")
+        policy.thinking = thinking == "on"
+    if policy.chat:
+        policy.end_ids = sorted({*policy.end_ids, *policy.end_of_turn()})
 
 
 def load_autoencoder(folder: Path, device: torch.device, exploration_noise: float | None) -> GaussianPolicy:
@@ -291,6 +272,7 @@ def open_policy(config, task: Task, **sampling) -> Policy | None:
         raise UserError(f"--task {task.name} needs a --model: a checkpoint folder, or the name of a model on the hub")
     if config.model is None:
         return None
+    sampling |= {"chat_template": config.chat_template, "thinking": config.thinking}
     policy = load(config.model, choose_device(config.device), config.dtype, **sampling)
     found = "autoencoder" if isinstance(policy, GaussianPolicy) else "transformer"
     if found != config.policy:
@@ -406,12 +388,16 @@ def dry_run(config) -> str:
     """What a step of grpo.py with these settings will need, as a table; nothing is written; raises UserError."""
     if config.model is None:
         raise UserError("--dry-run needs a --model to measure")
-    task, row, policy = find_task(config.task), config.resolved_algorithm, load(config.model, "meta", config.dtype)
+    task, row = find_task(config.task), config.resolved_algorithm
+    chat = {"chat_template": config.chat_template, "thinking": config.thinking}
+    policy = load(config.model, "meta", config.dtype, **chat)
+    policy.dtype = choose_dtype(config.dtype, policy, choose_device(config.device))
     policy.model.checkpointing = config.gradient_checkpointing
     if not isinstance(policy, TokenPolicy):
         raise UserError("--dry-run is for language models; an autoencoder needs next to nothing")
     width = config.max_new_tokens or task.max_new_tokens
-    data = policy.fitting(load_task(task, policy.chat, config.limit, data=config.data), width)
+    data = load_task(task, policy.chat, config.limit, config.shots, data=config.data)
+    data = policy.fitting(data, width)
     longest = max(map(len, policy.encode([example.prompt for example in data["train"]])))
     alone = config.ref_update_every or row.beta == 0  # so that the scorer is no reference
     rewards = Rewards.from_settings(dataclasses.replace(config, rewards=config.rewards or task.rewards))

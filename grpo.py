@@ -25,6 +25,7 @@ import copy
 import dataclasses
 import math
 import statistics
+import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, fields
@@ -33,9 +34,10 @@ from typing import Literal
 
 import torch
 
+import explain
 import runs
 import sft
-from checkpoints import choose_device, dry_run, load, open_policy, save
+from checkpoints import choose_device, dry_run, introduce, is_toy, load, open_policy, save
 from inference import evaluate_run, make_scorer, measure_rollout, report, show_number
 from policy import Policy, frozen, mean_log_probs, score_rollout
 from rewards import Rewards, RewardSettings, soft_overlong
@@ -441,7 +443,9 @@ class GRPOConfig(runs.optional_fields(Algorithm, "Default: the algorithm's."), R
     batch_size: int = option(32, "Prompts in one step (P).", "algorithm", above_zero=True)
     num_generations: int = option(16, "Completions of each prompt (G).", "algorithm", above_zero=True)
     num_inner_updates: int = option(1, "Optimizer steps on each rollout.", "algorithm", above_zero=True)
-    learning_rate: float = option(1e-4, "Rate after the warm-up.", "algorithm", above_zero=True, may_change=True)
+    learning_rate: float | None = option(
+        None, "After the warm-up. Default: 1e-4 for a toy, else 5e-6.", "algorithm", above_zero=True, may_change=True
+    )
     warmup_steps: int = option(5, "Steps in which the learning rate rises from 0.", "algorithm")
     ref_update_every: int | None = option(
         None, "The policy becomes the reference every so many steps. Default: never.", "algorithm", above_zero=True
@@ -452,11 +456,15 @@ class GRPOConfig(runs.optional_fields(Algorithm, "Default: the algorithm's."), R
     )
     max_new_tokens: int | None = option(None, "Longest completion. Default: the task's.", "sampling", above_zero=True)
     steps: int = option(40, "Steps; one step is one rollout.", "how long", above_zero=True)
+    eval_limit: int | None = option(
+        None, "At most so many validation and held-out problems.", "how long", above_zero=True
+    )
     kl_limit: float | None = option(
         None, "Stop when the KL, in nats per token, exceeds this. Default: never.", "how long", above_zero=True
     )
     out: str = option("saved_model", "Checkpoint, metrics, samples, figures and states.", "run folder")
     dry_run: bool = option(False, "Say what a step will need in memory and work, and stop.", "run folder")
+    trace: bool = option(False, "Show one step for one question, (1) to (6), but no update, and stop.", "run folder")
 
     def __post_init__(self):
         super().__post_init__()
@@ -494,12 +502,17 @@ def prepare(config: GRPOConfig) -> GRPORun:
         rewards.mix["overlong-penalty"] = (soft_overlong(config.max_new_tokens, algorithm.overlong_buffer), 1.0)
     sampling = {"temperature": config.temperature, "exploration_noise": config.exploration_noise or None}
     policy = open_policy(config, task, **sampling)
-    data = load_task(task, policy is not None and policy.chat, config.limit, data=config.data)
+    config = dataclasses.replace(config, learning_rate=config.learning_rate or (1e-4 if is_toy(policy) else 5e-6))
+    chat, sizes = policy is not None and policy.chat, (config.limit, config.shots, config.eval_limit)
+    data = load_task(task, chat, *sizes, data=config.data)
     rewards.check_columns(config.task, data["train"][0].columns)
     data = policy.fitting(data, config.max_new_tokens) if policy else data
     if policy is None and not (config.resume or config.overwrite) and (out / "base").exists():
         raise UserError(f"--out: {str(out / 'base')!r} exists; start from it with --model, or give --overwrite")
-    runs.start_run(config, algorithm=dataclasses.asdict(algorithm))
+    if config.trace and policy is None and not config.resume:
+        raise UserError(f"--trace needs a --model, such as the base policy of a run: --model {out / 'base'}")
+    if not config.trace:
+        runs.start_run(config, algorithm=dataclasses.asdict(algorithm))
     if policy is None and not config.resume:
         print(f"no --model: first a toy base policy, fine-tuned into {out / 'base'}, about two minutes on two cores")
     completions = f"{config.batch_size} x {config.num_generations} completions"
@@ -508,6 +521,7 @@ def prepare(config: GRPOConfig) -> GRPORun:
     if policy is None:
         policy = load(sft.toy(config), device, config.dtype, **sampling)
         data = policy.fitting(data, config.max_new_tokens)
+    introduce(policy, config, data["train"][0].prompt)
     policy.model.checkpointing = config.gradient_checkpointing
     reference = frozen(policy) if algorithm.beta > 0 else None
     start = reference if reference and not config.ref_update_every else policy
@@ -517,8 +531,9 @@ def prepare(config: GRPOConfig) -> GRPORun:
         config=config, policy=policy, optimizer=runs.adamw(policy.model, weight_decay=0.0), last_step=config.steps,
         task=task, data=data, rewards=rewards, reference=reference,
     )  # fmt: skip
-    run.restore()
-    if run.position.best_step is None:
+    if config.resume or not config.trace:  # whose --out may hold another run
+        run.restore()
+    if run.position.best_step is None and not config.trace:
         before = evaluate_run(run, policy, "held_out", samples=4)
         runs.write_json(out / "evaluation.json", {"base": {"step": 0, **before}})
     return run
@@ -533,8 +548,9 @@ EXAMPLES = """the commonest:
 def main() -> None:
     config = runs.parse_settings(GRPOConfig, "Train a policy with GRPO.", EXAMPLES)
     if config.dry_run:
-        print(dry_run(config))
-        return
+        return print(dry_run(config))
+    if config.trace:
+        return print(f"\n{explain.page(prepare(config), sys.modules[__name__])}")
     start = time.perf_counter()
     report(train(config))
     print(f"{time.perf_counter() - start:.0f} s in all")

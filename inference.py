@@ -11,14 +11,15 @@ import shlex
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
-from checkpoints import choose_device, find_checkpoint, load
+from checkpoints import choose_device, find_checkpoint, is_toy, load
 from policy import Policy, TokenPolicy, frozen, mean_log_probs
 from rewards import answer_format, apply_reward, extract_answer, text_of
 from rollouts import Rollout
@@ -35,7 +36,7 @@ from runs import (
     run_main,
     write_json,
 )
-from tasks import TASKS, Example, Task, find_task, load_task, pose
+from tasks import TASKS, Example, Task, find_task, load_task, pose, worked_examples
 
 
 def wilson(right: float, total: int) -> tuple[float, float]:
@@ -102,7 +103,10 @@ def measure_completions(
     """Sample each problem without exploration: texts (under "completion") and every measure, a value a completion."""
     table: dict[str, list] = {name: [] for name in ("completion", *task.metrics, "length", "truncated")}
     size = max(1, batch_rows // group_size)
-    for start in range(0, len(examples), size):
+    how = "greedy" if greedy else f"{group_size} samples"
+    starts = range(0, len(examples), size)
+    bar = tqdm(starts, f"{len(examples)} problems, {how}", leave=False, delay=5, unit="batch")  # of what takes longer
+    for start in bar:
         part = examples[start : start + size]
         rollout = policy.sample(part, group_size, (seed, 0, 0), max_new_tokens, greedy, start, explore=False)
         rows = [example for example in part for _ in range(group_size)]
@@ -195,6 +199,13 @@ class InferenceConfig:
     task: Literal[*TASKS] = option("arithmetic", "Task whose form of question and problems are used.", "model and data")
     data: str | None = option(None, "File or folder with the task's records. Default: the hub's.", "model and data")
     limit: int | None = option(None, "At most so many held-out problems.", "model and data", above_zero=True)
+    shots: int | None = option(None, "Worked examples before each question. Default: the run's.", "model and data")
+    chat_template: str | None = option(
+        None, "File with another chat template, or none. Default: the model's.", "model and data"
+    )
+    thinking: Literal["on", "off"] | None = option(
+        None, "Whether the chat template asks for thinking, if it can. Default: the run's.", "model and data"
+    )
     samples: int = option(1, "Completions of each question; with --eval at least 4.", "sampling", above_zero=True)
     temperature: float | None = option(None, "0 is greedy. Default: 0 for one completion, else 1.", "sampling")
     max_new_tokens: int | None = option(
@@ -208,7 +219,9 @@ class InferenceConfig:
     )
     batch_size: int = option(512, "Completions that are sampled at once.", "evaluation", above_zero=True)
     device: str = option("auto", "Device: auto, cuda, mps or cpu.", "memory and device")
-    dtype: Literal["float32", "bfloat16"] = option("float32", "Of matrix products.", "memory and device")
+    dtype: Literal["float32", "bfloat16"] | None = option(
+        None, "Of matrix products. Default: float32; on a GPU bfloat16 if the model is no toy.", "memory and device"
+    )
 
     def __post_init__(self):
         check_settings(self)
@@ -225,11 +238,22 @@ def show_answer(text: str, tagged: bool = True) -> str:
     return printable(f"{working}  →  {answer}" if working else f"→  {answer}")
 
 
+def as_trained(config: InferenceConfig, name: str) -> InferenceConfig:
+    """The settings with what is not given taken from the run that made a model, where that is known."""
+    file = Path(name) / "run.json"
+    stored = read_json(file).get("settings") if file.is_file() else None
+    stored = stored if isinstance(stored, dict) and stored.get("task") == config.task else {}
+    names = ("shots", "data", "thinking")
+    return replace(config, **{key: stored.get(key) for key in names if getattr(config, key) is None})
+
+
 def answer_question(config: InferenceConfig, question: str, policies: dict[str, Policy]) -> None:
     task = find_task(config.task)
     greedy = config.temperature == 0 or (config.temperature is None and config.samples == 1)
     for name, policy in policies.items():
-        example = pose(task, Example(question), policy.chat)
+        asked = as_trained(config, name)
+        given = {} if asked.data is None else {"data": asked.data}
+        example = pose(task, Example(question), policy.chat, worked_examples(task, asked.shots or 0, **given))
         width = config.max_new_tokens or task.max_new_tokens
         rollout = policy.sample([example], config.samples, (config.seed, 0, 0), width, greedy=greedy)
         if len(policies) > 1:
@@ -244,8 +268,8 @@ def compare(config: InferenceConfig, load_one: Callable[[str], Policy]) -> None:
     width, samples = config.max_new_tokens or task.max_new_tokens, max(config.samples, 4)
     samples = 0 if config.temperature == 0 else samples
     for name in config.model:
-        policy, outputs = load_one(name), []
-        examples = load_task(task, policy.chat, config.limit, data=config.data)["held_out"]
+        policy, outputs, asked = load_one(name), [], as_trained(config, name)
+        examples = load_task(task, policy.chat, config.limit, asked.shots or 0, data=asked.data)["held_out"]
         examples = policy.fitting({"held_out": examples}, width)["held_out"]
         print(f"{name}: {len(examples)} problems, one greedy completion and {samples} samples of each", file=sys.stderr)
         results[name] = evaluate(policy, task, examples, width, samples, config.seed, config.batch_size, outputs)
@@ -302,8 +326,11 @@ def next_commands(config, question: str, start: str) -> str:
 
 def evaluate_run(run, policy: Policy, split: str, samples: int, seed: int = 0) -> dict[str, float]:
     """Evaluate a policy on a split of a run of grpo.py, as many rows at once as a step samples; raises UserError."""
-    config = run.config
+    config, count = run.config, len(run.data[split])
     rows = config.batch_size * config.num_generations
+    if not is_toy(policy):
+        what = f"{count} {split.replace('_', '-')} problems, one greedy completion and {samples} samples of each"
+        tqdm.write(f"evaluating: {what}, at most {config.max_new_tokens} tokens long (--eval-limit)", file=sys.stderr)
     with out_of_memory("--batch-size, --num-generations or --max-new-tokens"):
         return evaluate(policy, run.scored_task, run.data[split], config.max_new_tokens, samples, seed, rows)
 
@@ -350,9 +377,14 @@ def main() -> int:
             what = "exists" if Path(path).exists() else "is in a folder that is not there"
             raise UserError(f"{path} {what}; name another file")
     temperature = config.temperature or 1.0
-    load_one = functools.partial(load, device=device, dtype=config.dtype, temperature=temperature)
-    folders = [find_checkpoint(name) for name in config.model]
-    policies = {} if config.eval else dict(zip(config.model, map(load_one, folders), strict=True))
+
+    def load_one(name: str) -> Policy:
+        chat = {"chat_template": config.chat_template, "thinking": as_trained(config, name).thinking}
+        return load(name, device, config.dtype, temperature, **chat)
+
+    for name in config.model:
+        find_checkpoint(name)  # before any is loaded
+    policies = {} if config.eval else {name: load_one(name) for name in config.model}
     with out_of_memory("--batch-size with --eval, --samples without, or --max-new-tokens"):
         if config.eval:
             compare(config, load_one)

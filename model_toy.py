@@ -194,6 +194,7 @@ class Llama(nn.Module):
     """Decoder-only transformer: RMSNorm, rotary positions, grouped-query attention, SwiGLU (arXiv 2302.13971)."""
 
     checkpointing = False  # keep only each block's input for the backward pass, and compute the rest again
+    windowed = False  # every token sees all before it
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -298,71 +299,6 @@ class Llama(nn.Module):
         self.load_state_dict({name: x.float() for name, x in weights.items()} if new else weights, assign=new)
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-
-
-@dataclass(frozen=True)
-class AutoencoderConfig:
-    """Sizes of an `Autoencoder`."""
-
-    numbers: int  # the inputs are integers from 0 to numbers - 1
-    hidden_size: int = 128
-    bottleneck: int = 8
-    model_type: str = "autoencoder"
-
-    def to_json(self) -> dict:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, values: dict) -> "AutoencoderConfig":
-        """Read the dictionary of a `config.json`; raises ValueError."""
-        for name in ("numbers", "hidden_size", "bottleneck"):
-            if type(values.get(name)) is not int or not 0 < values[name] < 2**16:
-                raise ValueError(f"{name} is {values.get(name)!r}, not a size")
-        return cls(values["numbers"], values["hidden_size"], values["bottleneck"])
-
-
-class Autoencoder(nn.Module):
-    """Two integers, one-hot, through an encoder, a bottleneck and a decoder to one real number.
-
-    One-hot inputs tie no number to its neighbours: what is not taught follows from other pairs or not at all.
-    """
-
-    checkpointing = False  # there is nothing to save
-    max_length = 3  # two inputs, one output
-
-    def __init__(self, config: AutoencoderConfig):
-        super().__init__()
-        self.config = config
-        self.encoder = nn.Sequential(
-            nn.Linear(2 * config.numbers, config.hidden_size),
-            nn.SiLU(),
-            nn.Linear(config.hidden_size, config.bottleneck),
-        )
-        self.decoder = nn.Sequential(
-            nn.Linear(config.bottleneck, config.hidden_size), nn.SiLU(), nn.Linear(config.hidden_size, 1)
-        )
-
-    def init_weights(self, generator: torch.Generator) -> None:
-        """Draw uniform weights within 1 / sqrt(inputs), PyTorch's own default; biases and the one-hot table are 0.
-
-        With the table at 0 no number differs from another before the data say so.
-        """
-        for name, weight in self.named_parameters():
-            drawn = name.endswith("weight") and not name.startswith("encoder.0")
-            bound = weight.shape[-1] ** -0.5 if drawn else 0.0
-            nn.init.uniform_(weight, -bound, bound, generator=generator)
-
-    def forward(self, pairs: torch.Tensor) -> torch.Tensor:
-        """The mean (P,) for int64 pairs (P, 2); the network's own output is in units of how many numbers there are."""
-        inputs = F.one_hot(pairs, self.config.numbers).flatten(1).to(self.encoder[0].weight.dtype)
-        return self.config.numbers * self.decoder(self.encoder(inputs))[:, 0]
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        return self.state_dict()
-
-    def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
-        """Take the weights of a checkpoint; raises RuntimeError if they do not fit."""
-        self.load_state_dict(weights)
 
 
 def character_tokenizer(texts: list[str]):

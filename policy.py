@@ -9,36 +9,19 @@ import copy
 import dataclasses
 import math
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from attention import Packed
-from model_toy import Autoencoder, Llama, prepacked
-from rewards import to_number
-from rollouts import Rollout, micro_batches
+from model_toy import Llama, prepacked
+from policy_gaussian import GaussianPolicy
+from rollouts import Rollout, micro_batches, row_uniforms
 from runs import UserError, printable
 from tasks import Example
-
-
-def row_uniforms(key: Sequence[int], prompts: Sequence[int], group_size: int, length: int) -> torch.Tensor:
-    """Uniforms (B, T) float64 in the open interval (0, 1); key is (seed, step, draw).
-
-    Each row is a stream of SplitMix64 (Steele, Lea and Flood 2014), begun at a number that Philox draws for its
-    prompt: it follows from the row's own coordinates alone, so nothing else in the batch can change it.
-    """
-    streams = [np.random.Philox(np.random.SeedSequence([*key, prompt])).random_raw(group_size) for prompt in prompts]
-    z = np.concatenate(streams)[:, None] + np.arange(1, length + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    z = z ^ (z >> np.uint64(31))
-    # 52 bits and a half step: both ends of the interval stay out of reach, and the sum is exact in float64.
-    return torch.from_numpy(((z >> np.uint64(12)) + 0.5) * 2.0**-52)
 
 
 def log_distribution(logits: torch.Tensor, temperature: float, noise: float = 0.0) -> torch.Tensor:
@@ -100,6 +83,7 @@ class TokenPolicy:
     drop_below = 0.9  # compact the batch once fewer rows than this are still decoding
     chunk_logits: int | None = None  # most logits at once while scoring; None: a 64th of the memory, in float32
     dtype = torch.float32  # of the matrix products
+    thinking: bool | None = None  # whether a chat template that can asks for it; None: as the template does
 
     def __init__(self, model: Llama, tokenizer, temperature=1.0, end_ids: Sequence[int] = (), exploration_noise=0.0):
         self.model, self.tokenizer = model, tokenizer
@@ -119,9 +103,7 @@ class TokenPolicy:
         """Token ids of plain prompts, or of message lists through the chat template; raises UserError."""
         encoded = []
         for prompt in prompts:
-            text = prompt
-            if not isinstance(prompt, str):
-                text = self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+            text = prompt if isinstance(prompt, str) else self.render(prompt)
             ids = self.tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"]
             unknown, special = self.tokenizer.unk_token_id, {self.tokenizer.bos_token_id, *self.end_ids, self.pad_id}
             if unknown in ids and unknown not in special:
@@ -135,6 +117,30 @@ class TokenPolicy:
             encoded.append(ids)
         return encoded
 
+    def render(self, messages: list[dict], ask: bool = True) -> str:
+        """Messages through the chat template, with `ask` up to where an answer begins; raises UserError."""
+        options = {} if self.thinking is None else {"enable_thinking": self.thinking}
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask, **options)
+        except Exception as error:  # a template may raise anything
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            mend = "give another file as --chat-template, or none"
+            raise UserError(f"the chat template fails ({printable(first)}); {mend}") from error
+
+    def end_of_turn(self) -> list[int]:
+        """The special token with which the chat template ends an answer, if there is one."""
+        said = "4c2e7"
+        text = self.render([{"role": "user", "content": "1"}, {"role": "assistant", "content": said}], ask=False)
+        ids = self.tokenizer(text.rpartition(said)[2], add_special_tokens=False).input_ids
+        added = self.tokenizer.added_tokens_decoder
+        return [i for i in ids if i in added and added[i].special][:1]
+
+    def show_prompt(self, prompt: str | list[dict]) -> str:
+        """A prompt token by token, for the terminal."""
+        (ids,) = self.encode([prompt])
+        tokens = "|".join(printable(self.tokenizer.decode([i])).replace("\n", "\\n") for i in ids)
+        return f"the first prompt, {len(ids)} tokens: {tokens}"
+
     def fitting(self, splits: dict[str, list[Example]], max_new_tokens: int) -> dict[str, list[Example]]:
         """The examples whose prompts leave room for a completion; says how many do not, raises UserError if none."""
         room, kept = self.model.max_length - max_new_tokens, {}
@@ -145,7 +151,9 @@ class TokenPolicy:
                 out = f"{len(examples) - len(kept[name])} of {len(examples)} left out"
                 print(f"{name}: {out}, their questions have more than {room} tokens")
             if not kept[name]:
-                raise UserError(f"--max-new-tokens {max_new_tokens} leaves no room for any question; lower it")
+                raise UserError(
+                    f"--max-new-tokens {max_new_tokens} leaves no room for any question; lower it, or --shots"
+                )
         return kept
 
     def demonstrations(self, examples: list[Example]) -> tuple[Rollout, torch.Tensor] | None:
@@ -193,9 +201,9 @@ class TokenPolicy:
     ) -> Rollout:  # fmt: skip
         """Draw `group_size` completions of each example; key is (seed, step, draw), `first` numbers the first prompt.
 
-        Each prompt is prefilled once and its cache shared by its group. Greedy takes the likeliest token, whatever
-        the temperature. There is no exploration noise if greedy, nor without `explore`. Raises FloatingPointError if
-        the model's log-probabilities are not finite.
+        Each prompt is prefilled once, what all begin with once for all, and its cache shared by its group. Greedy takes
+        the likeliest token, whatever the temperature. There is no exploration noise if greedy, nor without `explore`.
+        Raises FloatingPointError if the model's log-probabilities are not finite.
         """
         encoded = self.encode([example.prompt for example in examples])
         longest, room = max(map(len, encoded)), self.model.max_length
@@ -208,13 +216,13 @@ class TokenPolicy:
         uniforms = uniforms if self.device.type == "mps" else uniforms.to(self.device)  # mps has no float64
         choose = (lambda log_probs, _: log_probs.argmax(-1)) if greedy else inverse_cdf
         noise = self.exploration_noise if explore and not greedy else 0.0
-        prompt, cache = self.prompt_inputs(packed), self.model.new_cache()
         lengths = packed.prompt_mask.sum(1)[group]
         actor = self if self.dtype == torch.float32 else frozen(self)  # casts the weights once, not at each token
         with torch.no_grad(), self.autocast(), prepacked(actor.model, len(group)):
-            hidden = actor.model(packed.prompts, **prompt, cache=cache)[group, -1]  # (B, C)
-            cache.share(group, max_new_tokens - 1, prompt["key_mask"])
-            decoded = actor.decode(hidden, cache, lengths, uniforms, choose, noise)
+            cache = actor.model.new_cache()
+            hidden, key_mask = actor.prefill(packed, cache)  # (P, C)
+            cache.share(group, max_new_tokens - 1, key_mask)
+            decoded = actor.decode(hidden[group], cache, lengths, uniforms, choose, noise)
         if not decoded[2].isfinite().all():
             raise FloatingPointError("the model's log-probabilities are not finite")
         width = int(decoded[1].sum(1).max())
@@ -226,6 +234,24 @@ class TokenPolicy:
         )
         rollout.texts = self.tokenizer.batch_decode(rollout.completion_ids, skip_special_tokens=True)
         return rollout
+
+    def prefill(self, rollout: Rollout, cache) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Read the prompts into an empty cache, and once what all of them begin with.
+
+        Returns the hidden states (P, C) at their ends, and the mask of the own tokens that the cache then ends with.
+        """
+        ids, real = rollout.prompts, rollout.prompt_mask
+        common = 0 if self.model.windowed else rollout.common
+        positions = (real.cumsum(1) - 1).clamp(min=0)  # real tokens only
+        if common:
+            first = torch.arange(common, device=ids.device)[None]
+            self.model(ids[:1][real[:1]][None, :common], first, cache)
+            cache.share(torch.zeros_like(ids[:, 0]))
+            real = real & (positions >= common)
+            own = real.any(0)
+            ids, positions, real = ids[:, own], positions[:, own], real[:, own]
+        key_mask = None if real.all() else real
+        return self.model(ids, positions, cache, key_mask)[:, -1], key_mask
 
     def decode(self, hidden, cache, positions, uniforms, choose: Callable, noise: float):
         """Decode up to T tokens for each row: ids (B, T), mask (B, T), log-probabilities (B, T) float32 or wider.
@@ -262,20 +288,23 @@ class TokenPolicy:
         """How a scoring pass lays out its tokens: `packed` (real ones only) if the model can, else padded.
 
         Padded, each prompt is computed once and `shared` by its rows through a cache, or, where gradient checkpointing
-        would extend the cache a second time, `joined` with each row.
+        would extend the cache a second time, `joined` with each row. `windowed` is shared, but for what all prompts
+        begin with: between that and the rest of a prompt padding would take places of the window.
         """
         if isinstance(self.model, Llama):
             return "packed"
-        return "joined" if self.model.checkpointing else "shared"
+        if self.model.checkpointing:
+            return "joined"
+        return "windowed" if self.model.windowed else "shared"
 
     def log_probs(self, rollout: Rollout, entropy: bool = True, layout: str | None = None):
         """Log-probabilities (B, T) of the sampled ids, float32 or wider, with gradient; exact entropies (B, T) in nats.
 
         Both are 0 at padding. The entropy carries no gradient, and is None unless it is asked for.
         """
-        hidden_states = {"packed": self.packed_hidden, "shared": self.shared_hidden, "joined": self.joined_hidden}
+        hidden_states = {"packed": self.packed_hidden, "joined": self.joined_hidden}
         with self.autocast():
-            hidden = hidden_states[layout or self.layout](rollout)  # (N, C), of the real tokens
+            hidden = hidden_states.get(layout or self.layout, self.shared_hidden)(rollout)  # (N, C), of the real tokens
             picked, spread = self.score_tokens(hidden, rollout.actions[rollout.mask], entropy)
         blank = picked.new_zeros(rollout.actions.shape)
         logp = blank.masked_scatter(rollout.mask, picked)
@@ -313,11 +342,6 @@ class TokenPolicy:
         low = self.dtype != torch.float32
         return torch.autocast(self.device.type, self.dtype, **options) if low else contextlib.nullcontext()
 
-    def prompt_inputs(self, rollout: Rollout) -> dict[str, torch.Tensor | None]:
-        """Positions that count real tokens only, and the padding mask where there is padding."""
-        positions = (rollout.prompt_mask.cumsum(1) - 1).clamp(min=0)
-        return {"positions": positions, "key_mask": None if rollout.prompt_mask.all() else rollout.prompt_mask}
-
     def completion_positions(self, rollout: Rollout) -> torch.Tensor:
         """Positions (B, T - 1) of all completion tokens but the last, which predicts nothing."""
         offsets = torch.arange(rollout.actions.shape[1] - 1, device=rollout.actions.device)
@@ -325,130 +349,37 @@ class TokenPolicy:
 
     def packed_hidden(self, rollout: Rollout) -> torch.Tensor:
         """Hidden states (N, C) that predict the N completion tokens, row by row; the model sees real tokens only."""
-        lengths, inputs = rollout.prompt_mask.sum(1), rollout.mask[:, 1:]  # the last token predicts nothing
-        ids = torch.cat([rollout.prompts[rollout.prompt_mask], rollout.actions[:, :-1][inputs]])
-        offsets = torch.arange(inputs.shape[1], device=ids.device)
-        in_prompt = (rollout.prompt_mask.cumsum(1) - 1)[rollout.prompt_mask]
-        positions = torch.cat([in_prompt, (lengths[rollout.group, None] + offsets)[inputs]])
-        packed = Packed(lengths, inputs.sum(1), rollout.group)
-        hidden = self.model.packed(ids, positions, packed, packed.asking)  # the prompts' ends, then the completions
+        real, common, inputs = rollout.prompt_mask, rollout.common, rollout.mask[:, 1:]  # the last predicts nothing
+        places = real.cumsum(1) - 1
+        own, first = real & (places >= common), torch.arange(common, device=real.device)
+        ids = [rollout.prompts[0][real[0]][:common], rollout.prompts[own], rollout.actions[:, :-1][inputs]]
+        positions = torch.cat([first, places[own], self.completion_positions(rollout)[inputs]])
+        lengths = real.sum(1)
+        packed = Packed(lengths, inputs.sum(1), rollout.group, common)
+        hidden = self.model.packed(torch.cat(ids), positions, packed, packed.asking)  # ends of prompts, completions
         source = rollout.group[:, None].expand(rollout.actions.shape).clone()  # which of them predicts which token
-        source[:, 1:][inputs] = torch.arange(len(lengths), len(hidden), device=ids.device)
+        source[:, 1:][inputs] = torch.arange(len(lengths), len(hidden), device=real.device)
         return hidden.index_select(0, source[rollout.mask])
 
     def shared_hidden(self, rollout: Rollout) -> torch.Tensor:
         """The same from padded rows: each prompt once, then its rows against its cache."""
-        cache, prompt = self.model.new_cache(), self.prompt_inputs(rollout)
-        hidden = self.model(rollout.prompts, **prompt, cache=cache)[:, -1:][rollout.group]
+        cache = self.model.new_cache()
+        hidden, key_mask = self.prefill(rollout, cache)
+        hidden = hidden[rollout.group, None]
         if rollout.actions.shape[1] > 1:
-            cache.share(rollout.group, key_mask=prompt["key_mask"])
+            cache.share(rollout.group, key_mask=key_mask)
             rest = self.model(rollout.actions[:, :-1], self.completion_positions(rollout), cache)
             hidden = torch.cat([hidden, rest], 1)
         return hidden[rollout.mask]
 
     def joined_hidden(self, rollout: Rollout) -> torch.Tensor:
         """The same from one uncached pass over padded rows of prompt and completion together."""
-        prompt, later = self.prompt_inputs(rollout), self.completion_positions(rollout)
+        real, later = rollout.prompt_mask[rollout.group], self.completion_positions(rollout)
         ids = torch.cat([rollout.prompts[rollout.group], rollout.actions[:, :-1]], 1)
-        positions = torch.cat([prompt["positions"][rollout.group], later], 1)
-        real = rollout.prompt_mask[rollout.group]
+        positions = torch.cat([(real.cumsum(1) - 1).clamp(min=0), later], 1)
         key_mask = None if real.all() else torch.cat([real, torch.ones_like(later, dtype=torch.bool)], 1)
         hidden = self.model(ids, positions, key_mask=key_mask)
         return hidden[:, rollout.prompts.shape[1] - 1 :][rollout.mask]
-
-
-class GaussianPolicy:
-    """An autoencoder as a policy: a completion is one real number, normal around the network's output.
-
-    The action (B, 1) stands where a language model has token ids. `exploration_noise` is the standard deviation;
-    temperature, end tokens and truncation do not apply.
-    """
-
-    chat = False
-    dtype = torch.float32
-    end_ids: tuple[int, ...] = ()
-    layout = "packed"
-
-    def __init__(self, model: Autoencoder, exploration_noise: float = 0.5):
-        if not exploration_noise > 0:
-            raise UserError("--exploration-noise is the autoencoder's standard deviation; it must be above 0")
-        self.model, self.exploration_noise = model, exploration_noise
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
-    def encode(self, prompts: list[str]) -> list[list[int]]:
-        """The two integers of each question; raises UserError."""
-        pairs = [list(map(int, re.findall(r"[0-9]{1,9}", prompt))) for prompt in prompts]
-        for prompt, pair in zip(prompts, pairs, strict=True):
-            if len(pair) != 2 or max(pair) >= self.model.config.numbers:
-                reads = f"an autoencoder reads two integers from 0 to {self.model.config.numbers - 1}"
-                raise UserError(f"question {printable(prompt)!r}: {reads}; ask for those, or take another --model")
-        return pairs
-
-    def fitting(self, splits: dict[str, list[Example]], max_new_tokens: int) -> dict[str, list[Example]]:
-        return splits
-
-    def demonstrations(self, examples: list[Example]) -> tuple[Rollout, torch.Tensor] | None:
-        """A rollout of all demonstrations and their counts (B,), all 1; raises UserError where one is no number."""
-        pairs = [(example.prompt, text) for example in examples for text in example.demonstrations]
-        values = [to_number(text) for _, text in pairs]
-        if None in values:
-            raise UserError("--policy autoencoder learns numbers, which this task's demonstrations are not")
-        if not pairs:
-            return None
-        prompts = torch.tensor(self.encode([prompt for prompt, _ in pairs]), device=self.device)
-        actions = torch.tensor(values, dtype=torch.float32, device=self.device)[:, None]
-        return self.rollout(prompts, 1, actions, [text for _, text in pairs]), torch.ones_like(actions[:, 0])
-
-    def rollout(self, prompts: torch.Tensor, group_size: int, actions: torch.Tensor, texts: list[str]) -> Rollout:
-        """A rollout of prompts (P, 2) and of actions (B, 1), `group_size` for each prompt; all there is is real."""
-        return Rollout(
-            prompts=prompts,
-            prompt_mask=torch.ones_like(prompts, dtype=torch.bool),
-            group=torch.arange(len(prompts), device=self.device).repeat_interleave(group_size),
-            actions=actions,
-            mask=torch.ones_like(actions, dtype=torch.bool),
-            sampler_logp=torch.zeros_like(actions),
-            truncated=torch.zeros(len(actions), dtype=torch.bool, device=self.device),
-            texts=texts,
-        )
-
-    @torch.no_grad()
-    def sample(
-        self, examples: list[Example], group_size: int, key: Sequence[int], max_new_tokens: int,
-        greedy: bool = False, first: int = 0, explore: bool = True,
-    ) -> Rollout:  # fmt: skip
-        """Draw `group_size` numbers for each example by inverse CDF, as in `TokenPolicy.sample`; greedy is the mean.
-
-        `max_new_tokens` and `explore` change nothing: the noise is the policy.
-        """
-        pairs = torch.tensor(self.encode([example.prompt for example in examples]), device=self.device)
-        mean = self.model(pairs).repeat_interleave(group_size)
-        uniforms = row_uniforms(key, range(first, first + len(pairs)), group_size, 1)[:, 0]
-        normal = torch.special.ndtri(uniforms).to(mean)
-        actions = (mean if greedy else mean + self.exploration_noise * normal)[:, None]
-        rollout = self.rollout(pairs, group_size, actions, [f"{value:.4f}" for value in actions[:, 0].tolist()])
-        rollout.sampler_logp = self.log_probs(rollout)[0]
-        if not rollout.sampler_logp.isfinite().all():
-            raise FloatingPointError("the model's log-probabilities are not finite")
-        return rollout
-
-    def log_probs(self, rollout: Rollout, entropy: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-densities (B, 1) of the actions, with gradient, and entropies (B, 1) in nats."""
-        sigma = self.exploration_noise
-        score = (rollout.actions - self.means(rollout)) / sigma
-        logp = -score.square() / 2 - math.log(sigma * math.sqrt(2 * math.pi))
-        return logp, torch.full_like(logp, math.log(sigma * math.sqrt(2 * math.pi * math.e))).detach()
-
-    def means(self, rollout: Rollout) -> torch.Tensor:
-        return self.model(rollout.prompts)[rollout.group, None]
-
-    def exact_kl(self, reference: "GaussianPolicy", rollout: Rollout) -> torch.Tensor:
-        """KL (B, 1) towards a reference of the same noise, in closed form and without gradient."""
-        with torch.no_grad():
-            return (self.means(rollout) - reference.means(rollout)).square() / (2 * self.exploration_noise**2)
 
 
 Policy = TokenPolicy | GaussianPolicy

@@ -225,7 +225,7 @@ def answer_last(prompts, completions, answer, **_) -> list[float]:
     return [float(value == int(right)) for value, right in zip(values, answer, strict=True)]
 
 
-COMPARE_SECONDS = 3.0  # a comparison that takes longer is stopped and scores 0
+COMPARE_SECONDS = 3.0  # a comparison that takes longer is stopped
 
 
 class Comparer(threading.local):
@@ -246,7 +246,7 @@ class Comparer(threading.local):
         self.process = process
 
     def equal(self, gold: str, answer: str) -> float:
-        """1 if math-verify finds the expressions equal within `COMPARE_SECONDS`, else 0."""
+        """1 if math-verify finds the expressions equal, else 0; raises TimeoutError after `COMPARE_SECONDS`."""
         if self.process is None or self.process.poll() is not None:
             self.start()
         timer = threading.Timer(COMPARE_SECONDS, self.process.kill)
@@ -257,6 +257,7 @@ class Comparer(threading.local):
         timer.cancel()
         if not line:
             self.process.communicate()  # waits for its end, and closes the pipes
+            raise TimeoutError
         return float(line == "1\n")
 
 
@@ -293,20 +294,32 @@ def equal_expressions(pair: tuple[str, str | None]) -> float:
     return COMPARER.equal(gold, answer)
 
 
-def equal_answers(golds: Sequence[str], answers: Sequence[str | None]) -> list[float]:
-    """1 where the answer equals the gold one, as text or by math-verify, else 0; None is no answer."""
+def within_time(pair: tuple[str, str | None]) -> float | None:
+    """`equal_expressions`, or None where it was stopped, which nothing remembers."""
+    with contextlib.suppress(TimeoutError):
+        return equal_expressions(pair)
+    return None
+
+
+def equal_answers(golds: Sequence[str], answers: Sequence[str | None]) -> list[float | None]:
+    """1 where the answer equals the gold one, as text or by math-verify, else 0; an answer of None is no answer.
+
+    A comparison that was stopped, maybe since the machine was busy, is tried once more, alone; stopped again, it has
+    no score: None.
+    """
     pairs = list(zip(golds, answers, strict=True))
     distinct = set(pairs)
-    scores = dict(zip(distinct, COMPARING.map(equal_expressions, distinct), strict=True))
+    scores = dict(zip(distinct, COMPARING.map(within_time, distinct), strict=True))
+    scores |= {pair: within_time(pair) for pair, score in scores.items() if score is None}
     return [scores[pair] for pair in pairs]
 
 
-def math_accuracy(prompts, completions, answer, **_) -> list[float]:
+def math_accuracy(prompts, completions, answer, **_) -> list[float | None]:
     r"""1 where the last `\boxed{...}` equals the answer mathematically, else 0; needs math-verify."""
     return equal_answers(answer, [last_boxed(text_of(completion)) for completion in completions])
 
 
-def math_lenient(prompts, completions, answer, **_) -> list[float]:
+def math_lenient(prompts, completions, answer, **_) -> list[float | None]:
     r"""The same, but without a `\boxed{...}` the last number of the last 2,000 characters counts."""
     texts = [text_of(completion) for completion in completions]
     return equal_answers(answer, [last_boxed(text) or last_number(text) for text in texts])

@@ -5,12 +5,15 @@ T completion tokens after right padding.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+from attention import Cache
 
 
 @dataclass
@@ -47,6 +50,18 @@ class Rollout:
         tensors = {name: value.to(device) for name, value in vars(self).items() if torch.is_tensor(value)}
         return dataclasses.replace(self, **tensors)
 
+    @functools.cached_property
+    def common(self) -> int:
+        """How many tokens all prompts begin with, each leaving at least one of its own; 0 where that saves little."""
+        shortest = int(self.prompt_mask.sum(1).min()) - 1
+        if len(self.prompts) == 1 or shortest < Cache.share_from:
+            return 0
+        starts = self.prompts.shape[1] - self.prompt_mask.sum(1)
+        columns = starts[:, None] + torch.arange(shortest, device=starts.device)
+        equal = (self.prompts.gather(1, columns) == self.prompts[0].gather(0, columns[0])).all(0)
+        count = int(equal.cumprod(0).sum())
+        return count if count >= Cache.share_from else 0
+
     @property
     def completion_ids(self) -> list[list[int]]:
         """The sampled ids of each row, its end token included."""
@@ -71,13 +86,17 @@ def join(rollouts: Sequence[Rollout]) -> Rollout:
     )
 
 
-def pass_tokens(prompts: Sequence[int], lengths: Sequence[int], layout: str) -> int:
-    """Tokens that one scoring pass computes, from the tokens of its prompts and completions (see `TokenPolicy`)."""
+def pass_tokens(prompts: Sequence[int], lengths: Sequence[int], layout: str, common: int = 0) -> int:
+    """Tokens that one scoring pass computes, from the tokens of its prompts and completions (see `TokenPolicy`).
+
+    Of each prompt those that it has beyond the `common` ones, which are computed once.
+    """
     if layout == "packed":
-        return sum(prompts) + sum(lengths)
-    if layout == "shared":
-        return len(prompts) * max(prompts) + len(lengths) * max(lengths)
-    return len(lengths) * (max(prompts) + max(lengths))
+        return common + sum(prompts) + sum(lengths)
+    if layout in ("shared", "windowed"):
+        once = common + len(prompts) * max(prompts) if layout == "shared" else len(prompts) * (common + max(prompts))
+        return once + len(lengths) * max(lengths)
+    return len(lengths) * (common + max(prompts) + max(lengths))
 
 
 def micro_batches(rollout: Rollout, token_budget: int, layout: str = "packed") -> list[torch.Tensor]:
@@ -86,21 +105,22 @@ def micro_batches(rollout: Rollout, token_budget: int, layout: str = "packed") -
     Groups are sorted by length, longest first (so that memory runs out at once or not at all), and stay whole where
     they fit. A group less than half as long as the longest of a large micro-batch starts a new one, to save padding.
     """
-    lengths, prompt_lengths = rollout.mask.sum(1).tolist(), rollout.prompt_mask.sum(1).tolist()
+    common, lengths = rollout.common, rollout.mask.sum(1).tolist()
+    prompt_lengths = (rollout.prompt_mask.sum(1) - common).tolist()
     members: dict[int, list[int]] = {}
     for row, group in enumerate(rollout.group.tolist()):
         members.setdefault(group, []).append(row)
     units = []  # (tokens of the longest completion, tokens of the prompt, rows)
     for group, rows in members.items():
         width, prompt = max(lengths[row] for row in rows), prompt_lengths[group]
-        whole = pass_tokens([prompt], [lengths[row] for row in rows], layout) <= token_budget
-        fit = len(rows) if whole else max(1, token_budget // (prompt + width))
+        whole = pass_tokens([prompt], [lengths[row] for row in rows], layout, common) <= token_budget
+        fit = len(rows) if whole else max(1, token_budget // (common + prompt + width))
         units += [(width, prompt, rows[i : i + fit]) for i in range(0, len(rows), fit)]
     batches: list[list[int]] = []
     prompts, longest = [], 0
     for width, prompt, rows in sorted(units, key=lambda unit: -unit[0]):
         joined = (batches[-1] if batches else []) + rows
-        tokens = pass_tokens([*prompts, prompt], [lengths[row] for row in joined], layout)
+        tokens = pass_tokens([*prompts, prompt], [lengths[row] for row in joined], layout, common)
         padded = 2 * width < longest and 4 * tokens > token_budget
         if not batches or tokens > token_budget or padded:
             batches.append([])
@@ -108,3 +128,18 @@ def micro_batches(rollout: Rollout, token_budget: int, layout: str = "packed") -
         batches[-1] += rows
         prompts.append(prompt)
     return [torch.tensor(sorted(rows), device=rollout.mask.device) for rows in batches]
+
+
+def row_uniforms(key: Sequence[int], prompts: Sequence[int], group_size: int, length: int) -> torch.Tensor:
+    """Uniforms (B, T) float64 in the open interval (0, 1); key is (seed, step, draw).
+
+    Each row is a stream of SplitMix64 (Steele, Lea and Flood 2014), begun at a number that Philox draws for its
+    prompt: it follows from the row's own coordinates alone, so nothing else in the batch can change it.
+    """
+    streams = [np.random.Philox(np.random.SeedSequence([*key, prompt])).random_raw(group_size) for prompt in prompts]
+    z = np.concatenate(streams)[:, None] + np.arange(1, length + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    z = z ^ (z >> np.uint64(31))
+    # 52 bits and a half step: both ends of the interval stay out of reach, and the sum is exact in float64.
+    return torch.from_numpy(((z >> np.uint64(12)) + 0.5) * 2.0**-52)

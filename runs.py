@@ -96,13 +96,20 @@ class RunSettings:
     )
     data: str | None = option(None, "File or folder with the task's records. Default: the hub's.", "model and data")
     limit: int | None = option(None, "At most so many problems of each split.", "model and data", above_zero=True)
+    shots: int = option(0, "Worked examples before each question, taken from the training problems.", "model and data")
+    chat_template: str | None = option(
+        None, "File with another chat template, or none: ask in plain text. Default: the model's.", "model and data"
+    )
+    thinking: Literal["on", "off"] | None = option(
+        None, "Whether the chat template asks for thinking, if it can. Default: as it does.", "model and data"
+    )
     seed: int = option(0, "Seed of the run's random numbers; never of the split.", "model and data")
     clip_grad_norm: float = option(
         1.0, "A gradient with a larger norm is scaled to it.", "algorithm", above_zero=True, may_change=True
     )
     device: str = option("auto", "Device: auto, cuda, mps or cpu.", "memory and device", may_change=True)
-    dtype: Literal["float32", "bfloat16"] = option(  # float16 would need its loss scaled
-        "float32", "Of matrix products; the weights that learn stay in float32.", "memory and device"
+    dtype: Literal["float32", "bfloat16"] | None = option(  # float16 would need its loss scaled
+        None, "Of matrix products. Default: float32; on a GPU bfloat16 if the model is no toy.", "memory and device"
     )
     gradient_checkpointing: bool = option(False, "Compute activations again in the backward pass.", "memory and device")
     micro_batch_tokens: int = option(

@@ -20,10 +20,11 @@ import numpy as np
 import torch
 
 import runs
-from checkpoints import choose_device, open_policy, save
+from checkpoints import choose_device, introduce, is_toy, open_policy, save
 from inference import evaluate, results_table
-from model_toy import Autoencoder, AutoencoderConfig, Llama, LlamaConfig, character_tokenizer
-from policy import GaussianPolicy, Policy, TokenPolicy
+from model_toy import Llama, LlamaConfig, character_tokenizer
+from policy import Policy, TokenPolicy
+from policy_gaussian import Autoencoder, AutoencoderConfig, GaussianPolicy
 from rollouts import Rollout, micro_batches
 from runs import Run, RunSettings, UserError, option, out_of_memory
 from tasks import TASKS, find_task, load_task
@@ -120,7 +121,7 @@ class SFTConfig(RunSettings):
     even_data_ratio: float | None = option(None, "Odd_even: even sums shown. Default: 0.", "model and data", at_most=1)
     batch_size: int = option(64, "Prompts a step, each with its demonstrations.", "algorithm", above_zero=True)
     learning_rate: float | None = option(
-        None, "Peak. Default: the task's; autoencoder 1e-3.", "algorithm", above_zero=True
+        None, "Peak. Default: the task's; autoencoder 1e-3; 1e-5 if no toy.", "algorithm", above_zero=True
     )
     warmup_steps: int = option(40, "Steps in which the learning rate rises from 0.", "algorithm")
     weight_decay: float = option(0.01, "Weight decay of AdamW.", "algorithm")
@@ -150,15 +151,17 @@ def prepare(config: SFTConfig) -> SFTRun:
     """Make or load the policy to start from, and open the run folder, or restore it with --resume."""
     task, small = find_task(config.task), config.policy == "autoencoder"
     epochs = config.epochs or task.epochs * (3 if small else 1)
-    rate = config.learning_rate or (1e-3 if small else task.learning_rate)
-    config = dataclasses.replace(config, epochs=epochs, learning_rate=rate)
     policy = open_policy(config, task)
-    settings = {name: getattr(config, name) for name in ("data", "worked", "wrong", "copies", "even_data_ratio")}
+    rate = (1e-3 if small else task.learning_rate) if is_toy(policy) else 1e-5
+    config = dataclasses.replace(config, epochs=epochs, learning_rate=config.learning_rate or rate)
+    names = ("data", "worked", "wrong", "copies", "even_data_ratio", "shots")
+    settings = {name: getattr(config, name) for name in names}
     data = load_task(task, policy is not None and policy.chat, **settings)
     if policy is None:
         texts = [example.prompt for example in data["train"]]
         texts += [] if small else [text for example in data["train"] for text in example.demonstrations]
         policy = new_policy(texts, config.seed, choose_device(config.device), config.policy)
+    introduce(policy, config, data["train"][0].prompt)
     policy.model.checkpointing = config.gradient_checkpointing
     demonstrations = {name: policy.demonstrations(data[name][: config.limit]) for name in ("train", "validation")}
     if None in demonstrations.values():
@@ -194,7 +197,7 @@ EXAMPLES = """the commonest:
 def main() -> None:
     config = runs.parse_settings(SFTConfig, "Supervised fine-tuning on a task's demonstrations.", EXAMPLES)
     policy, task = train(config), find_task(config.task)
-    data = load_task(task, policy.chat, config.limit, data=config.data)
+    data = load_task(task, policy.chat, config.limit, config.shots, data=config.data)
     width = min(task.max_new_tokens, policy.model.max_length // 2)  # a short context must hold a question, too
     held_out = policy.fitting({"held_out": data["held_out"]}, width)["held_out"]
     with out_of_memory("--batch-size"):

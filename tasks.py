@@ -10,7 +10,7 @@ import itertools
 import json
 import random
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -65,6 +65,7 @@ class Task:
     toy: bool = False  # a toy can learn it from nothing, so no --model is needed
     epochs: float = 3.0  # passes over the demonstrations in fine-tuning
     learning_rate: float = 1.5e-3  # its peak, of a toy
+    shots: dict = field(default_factory=dict)  # settings of `load` under which demonstrations are worked examples
 
     @property
     def score(self) -> str:
@@ -306,6 +307,7 @@ TASKS = {
             toy=True,
             epochs=9.0,
             learning_rate=2e-3,
+            shots={"worked": 1.0, "copies": 1},
         ),
         Task(
             name="odd_even",
@@ -380,27 +382,55 @@ def find_task(name: str) -> Task:
     return TASKS[name]
 
 
-def pose(task: Task, example: Example, chat: bool) -> Example:
-    """The example as it is asked: one user message that asks for the answer's format too, or the task's plain form."""
+def pose(task: Task, example: Example, chat: bool, shots: Sequence[Example] = ()) -> Example:
+    """The example as it is asked: a user message that asks for the answer's format too, or the task's plain form.
+
+    Before it the shots, asked alike and answered by their first demonstration.
+    """
     if chat:
-        prompt = [{"role": "user", "content": f"{example.prompt}\n{task.chat_instruction}".strip()}]
+        asked = [f"{one.prompt}\n{task.chat_instruction}".strip() for one in (*shots, example)]
+        turns = [("user", text) for text in asked]
+        for i, shot in enumerate(shots):
+            turns.insert(2 * i + 1, ("assistant", shot.demonstrations[0]))
+        prompt = [{"role": role, "content": content} for role, content in turns]
     else:
-        prompt = task.plain.format(question=example.prompt, instruction=task.chat_instruction)
+        prompt = ""
+        for one in (*shots, example):
+            prompt += task.plain.format(question=one.prompt, instruction=task.chat_instruction)
+            prompt += f" {one.demonstrations[0]}\n\n" if one is not example else ""
     return replace(example, prompt=prompt, question=example.prompt)
 
 
-def load_task(task: Task, chat: bool, limit: int | None = None, **settings) -> dict[str, list[Example]]:
+def worked_examples(task: Task, count: int, **settings) -> list[Example]:
+    """The first `count` training problems with a demonstration, the same in every run; raises UserError."""
+    if not count:
+        return []
+    shots = [example for example in task.load(**settings | task.shots)["train"] if example.demonstrations]
+    if len(shots) <= count:
+        raise UserError(f"--shots is {count}, but task {task.name} has {len(shots)} training problems that show how")
+    return shots[:count]
+
+
+def load_task(
+    task: Task, chat: bool, limit: int | None = None, shots: int = 0, eval_limit: int | None = None, **settings
+) -> dict[str, list[Example]]:
     """At most `limit` examples of each split, as messages if `chat`; settings that are no None go to the task's `load`.
 
-    Raises UserError for a setting that the task does not have.
+    Before each question stand `shots` worked examples, which are no training problems then. `eval_limit` bounds the
+    splits that are not trained on. Raises UserError for a setting that the task does not have.
     """
     given = {name: value for name, value in settings.items() if value is not None}
     if math_accuracy in task.metrics.values() and not importlib.util.find_spec("math_verify"):
         raise UserError(f"--task {task.name} needs the package math-verify; python -m pip install math-verify")
     for name in given.keys() - accepted(task.load, given).keys():
         raise UserError(f"--{name.replace('_', '-')}: task {task.name} has no such setting; leave it out")
-    splits = task.load(**given)
-    return {name: [pose(task, example, chat) for example in examples[:limit]] for name, examples in splits.items()}
+    splits, shown = task.load(**given), worked_examples(task, shots, **given)
+    taken, posed = {example.prompt for example in shown}, {}
+    for name, examples in splits.items():
+        most = limit if name == "train" or eval_limit is None else min(eval_limit, limit or eval_limit)
+        examples = [example for example in examples if example.prompt not in taken][:most]
+        posed[name] = [pose(task, example, chat, shown) for example in examples]
+    return posed
 
 
 def take_prompts(examples: list[Example], step: int, count: int, seed: int, draw: int = 0) -> list[Example]:

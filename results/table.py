@@ -59,16 +59,12 @@ def print_summary() -> None:
     print(summary("the main job, 40 steps", right, sampled, main, evaluations("main", "best")))
     print(summary("the same", "right, greedy", greedy, main, evaluations("main", "best")))
     print(summary("the same", "shows working, T = 1", "sampled_working", main, evaluations("main", "best")))
-    print(summary("120 steps, the last policy", right, sampled, main, evaluations("long", "last")))
-    print(summary("control: shuffled rewards", right, sampled, main, evaluations("shuffled", "last")))
-    print(
-        summary(
-            "`perplexity` as the only reward",
-            right,
-            sampled,
-            *(evaluations("rewards/perplexity", which) for which in ("base", "last")),
-        )
-    )
+    for what, folder in (
+        ("120 steps, the last policy", "long"),
+        ("control: shuffled rewards", "shuffled"),
+        ("`perplexity` as the only reward", "rewards/perplexity"),
+    ):
+        print(summary(what, right, sampled, *(evaluations(folder, which) for which in ("base", "last"))))
     print(summary("`dapo` (after) against `grpo`", right, sampled, grpo, evaluations("algorithms/dapo", "last")))
     for policy in ("autoencoder", "transformer"):
         biased, trained = (evaluations(f"odd_even/{policy}/{method}", "last") for method in ("biased", "grpo"))

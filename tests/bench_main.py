@@ -23,7 +23,7 @@ QUESTION = "What is (4 - 9) * 6?"
 IMPORTS = [sys.executable, "-c", "import torch, transformers"]
 # measure: (what it is, unit, most that is allowed)
 TARGETS = {
-    "wall": ("the whole command (aim: 180 s)", "s", 240.0),
+    "wall": ("the whole command (aim: 90 s)", "s", 120.0),
     "sft": ("until the base policy is saved: start, data, SFT", "s", None),
     "grpo": ("GRPO's part: all that comes after the base policy", "s", 75.0),
     "grpo_steps": ("of that, the GRPO steps", "s", None),

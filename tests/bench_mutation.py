@@ -51,7 +51,8 @@ TABLE = [
     ("tasks.py", "take_prompts", VALUES),
     ("rewards.py", "Rewards.__call__", VALUES),
     ("rollouts.py", "Rollout.select join pass_tokens micro_batches Packed", SAMPLER),
-    ("policy.py", "row_uniforms inverse_cdf", SAMPLER),
+    ("rollouts.py", "row_uniforms", SAMPLER),
+    ("policy.py", "inverse_cdf", SAMPLER),
     ("policy.py", "log_distribution", (*SAMPLER, "test_oracle_enumeration.py")),
     ("policy.py", "TokenPolicy.pack", (*SAMPLER, "test_sft.py")),
     (

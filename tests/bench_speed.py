@@ -150,7 +150,7 @@ def make_work(setting: Setting, policy: TokenPolicy) -> tuple[GRPOConfig, list[E
     sizes = {"batch_size": setting.prompts, "num_generations": setting.group, "num_inner_updates": setting.inner}
     if setting.model == "base":
         task = find_task("arithmetic")
-        config = GRPOConfig(rewards=task.rewards, max_new_tokens=task.max_new_tokens, **sizes)
+        config = GRPOConfig(rewards=task.rewards, max_new_tokens=task.max_new_tokens, learning_rate=1e-4, **sizes)
         rewards = Rewards.from_settings(config)
 
         def reward(examples, rollout):  # measured as `train_step` does

@@ -152,7 +152,7 @@ FAULTS = [
     Fault(
         "position ids that count left padding",
         "OpenRLHF/OpenRLHF#217",
-        "policy.py", "positions = (rollout.prompt_mask.cumsum(1) - 1).clamp(min=0)", "positions = (torch.ones_like(rollout.prompts).cumsum(1) - 1).clamp(min=0)",
+        "policy.py", "positions = (real.cumsum(1) - 1).clamp(min=0)  # real", "positions = (torch.ones_like(ids).cumsum(1) - 1).clamp(min=0)  # real",
         "oracle_sampler::test_scorer_is_transformers",
     ),
     Fault(
@@ -164,7 +164,7 @@ FAULTS = [
     Fault(
         "left padding visible to attention",
         "huggingface/trl#2708",
-        "policy.py", '"key_mask": None if rollout.prompt_mask.all() else rollout.prompt_mask}', '"key_mask": None}',
+        "policy.py", "key_mask = None if real.all() else real\n        return", "key_mask = None\n        return",
         "oracle_sampler::test_scorer_is_transformers",
     ),
     Fault(
@@ -242,7 +242,7 @@ FAULTS = [
     Fault(
         "the same random numbers for rows that should differ",
         "verl-project/verl#5179",
-        "policy.py", "SeedSequence([*key, prompt])", "SeedSequence([*key])",
+        "rollouts.py", "SeedSequence([*key, prompt])", "SeedSequence([*key])",
         "oracle_sampler::test_key_and_number_of_the_prompt_change_the_rows",
     ),
     Fault(

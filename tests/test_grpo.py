@@ -679,7 +679,8 @@ def test_resume_refuses_to_become_another_run(base, tmp_path, small_task, monkey
 
     with pytest.raises(UserError, match="--batch-size 3"):
         parsed("--batch-size", "5")
-    assert parsed("--steps", "9") == dataclasses.replace(config, resume=True, steps=9, exploration_noise=0.0)
+    chosen = {"exploration_noise": 0.0, "learning_rate": config.learning_rate or 1e-4}
+    assert parsed("--steps", "9") == dataclasses.replace(config, resume=True, steps=9, **chosen)
 
 
 def test_reward_functions_see_what_trl_would_give_them(base, tmp_path, small_task):

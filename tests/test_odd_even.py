@@ -17,8 +17,7 @@ import inference
 import runs
 import sft
 from grpo import GRPOConfig
-from model_toy import Autoencoder, AutoencoderConfig
-from policy import GaussianPolicy
+from policy_gaussian import Autoencoder, AutoencoderConfig, GaussianPolicy
 from rewards import closeness, distance, even_adaptive, even_answer, even_bonus, nearest_exact, to_number
 from runs import UserError
 from sft import SFTConfig

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from policy import TokenPolicy, inverse_cdf, log_distribution, row_uniforms
-from rollouts import Rollout, micro_batches
+from policy import TokenPolicy, inverse_cdf, log_distribution
+from rollouts import Rollout, micro_batches, row_uniforms
 from runs import UserError
 from tasks import Example
 

@@ -23,6 +23,7 @@ import sft
 from checkpoints import HubModel, load
 from model_toy import Llama
 from policy import frozen
+from rollouts import micro_batches
 from runs import UserError
 from tasks import Example, find_task
 
@@ -112,6 +113,47 @@ def test_sampler_and_scorer_are_transformers(pair):
         for share in (True, False):
             torch.testing.assert_close(policy.log_probs(rollout, share)[0], expected, rtol=0, atol=2e-5)
     torch.testing.assert_close(rollout.sampler_logp, expected, rtol=0, atol=2e-5)
+
+
+BEGINNING = "What is 17 times 3? The answer is 51. Natalia sold clips to 48 of her friends, 0123456789. " * 3
+BEGUN = [Example(BEGINNING + example.prompt) for example in EXAMPLES]
+
+
+def test_what_all_prompts_begin_with_is_read_once(pair, monkeypatch):
+    """In sampling and in scoring, to 1e-5 of `transformers`, gradients included; and no token of it twice."""
+    policy, reference = pair
+    policy.end_ids, packed = list(range(40)), isinstance(policy.model, Llama)
+    seen = []
+    forward = policy.model.packed if packed else policy.model.forward
+    counted = lambda ids, *more, **named: seen.append(ids.numel()) or forward(ids, *more, **named)  # noqa: E731
+    monkeypatch.setattr(policy.model, "packed" if packed else "forward", counted)
+    rollout = policy.sample(BEGUN, 4, (0, 0, 0), 6)
+    lengths = rollout.prompt_mask.sum(1)
+    ids = [prompt[mask].tolist() for prompt, mask in zip(rollout.prompts, rollout.prompt_mask, strict=True)]
+    common = next(i for i, column in enumerate(zip(*ids, strict=False)) if len(set(column)) > 1)
+    assert rollout.common == common > 64
+    if not policy.model.windowed:
+        assert seen[0] == rollout.common and seen[1] <= 3 * (int(lengths.max()) - rollout.common)
+    expected = reference_logp(reference, rollout, 1.0)
+    torch.testing.assert_close(rollout.sampler_logp, expected.detach(), rtol=0, atol=2e-5)
+    seen.clear()
+    logp, _ = policy.log_probs(rollout)
+    torch.testing.assert_close(logp, expected, rtol=0, atol=2e-5)
+    own = int((lengths - rollout.common).sum())
+    if packed:
+        assert seen == [rollout.common + own + int(rollout.mask.sum()) - len(rollout.mask)]
+    weights = torch.randn(rollout.mask.shape, generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for model, values in ((policy.model, logp), (reference, expected)):
+        model.zero_grad()
+        (values * weights).sum().backward()
+        inner = model.model if isinstance(model, HubModel) else model
+        gradients.append({name: weight.grad for name, weight in inner.named_parameters()})
+    for name, gradient in gradients[1].items():
+        assert (gradients[0][name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6, name
+    batches = micro_batches(rollout, 3 * rollout.common, policy.layout)
+    assert (len(batches) > 1) == policy.model.windowed  # three whole prompts alone would take more than that
+    policy.model.zero_grad()
 
 
 def test_gradients_are_transformers(pair):
@@ -436,9 +478,12 @@ def test_the_dry_run_counts_what_is_there_and_writes_nothing(shared_data, tmp_pa
     assert size["weights"] == size["gradients"] == size["reference"] == 4 * count and size["optimizer"] == 8 * count
     rollout = policy.sample([Example("12")] * 2, 4, (0, 0, 0), 20)
     cache = policy.model.new_cache()
-    policy.model(rollout.prompts, **policy.prompt_inputs(rollout), cache=cache)
+    policy.prefill(rollout, cache)
     token = sum(x.element_size() * x[0, :, 0].numel() for layer in cache.layers for x in layer)
-    assert size["sampling"] == token * 8 * (10 + 20) + 5 * 4 * 8 * policy.model.config.vocab_size
+    decoding = 4 * count  # weights in the order of decoding
+    assert size["sampling"] == token * 8 * (10 + 20) + 5 * 4 * 8 * policy.model.config.vocab_size + decoding
+    long = checkpoints.plan(policy, 8, 2, 100, 20, **settings).parts["sampling"][0]  # prompts that are shared
+    assert long - size["sampling"] == token * (2 * 100 + 8 * 20 - 8 * (10 + 20))
     assert plan.operations == count * (2 * 10 + 8 * 20) * (2 + 2 + 2 * 6)
     policy.model.checkpointing = True
     less = checkpoints.plan(policy, 8, 2, 10, 20, **settings)

@@ -30,8 +30,9 @@ import tasks
 from checkpoints import save
 from grpo import GRPOConfig
 from inference import InferenceConfig, evaluate
-from model_toy import Attention, Autoencoder, AutoencoderConfig, Llama, LlamaConfig, character_tokenizer
-from policy import GaussianPolicy, TokenPolicy
+from model_toy import Attention, Llama, LlamaConfig, character_tokenizer
+from policy import TokenPolicy
+from policy_gaussian import Autoencoder, AutoencoderConfig, GaussianPolicy
 from rollouts import Rollout, join
 from runs import UserError
 from sft import SFTConfig
@@ -539,26 +540,28 @@ EFFECTS = {
         "epsilon_high=0.01 aggregate=constant beta=0.5 kl_estimator=k2 preference_strength=0.1",
         "metrics": "task=odd_even data=file.json limit=3 seed=1 steps=1 batch_size=2 num_generations=4 "
         "max_resample=2 overlong_buffer=1 ref_update_every=1 temperature=2 exploration_noise=0.5 even_bonus=0.7 "
-        "max_new_tokens=4 rewards=lucky=2 ideal_length=3 scorer=other eval_every=1 patience=1 kl_limit=1e-9",
+        "max_new_tokens=4 rewards=lucky=2 ideal_length=3 scorer=other eval_every=1 patience=1 kl_limit=1e-9 "
+        "shots=1 eval_limit=2",
         "work": "gradient_checkpointing micro_batch_tokens=50",
         "asked": "judge_url=http://two/v1 judge_model=two judge_scale=2",
-        "files": "out=elsewhere save_every=1 dry_run",
-        "error": "device=abacus policy=autoencoder resume overwrite",
+        "files": "out=elsewhere save_every=1 dry_run trace",
+        "error": "device=abacus policy=autoencoder resume overwrite chat_template=absent thinking=on",
     },
     "sft": {
         "weights": "model=other seed=1 learning_rate=0.02 warmup_steps=2 weight_decay=0.5 clip_grad_norm=0.001 "
         "worked=0.5 wrong=0.5 even_data_ratio=0.5 data=file.json limit=5 dtype=bfloat16",
-        "metrics": "epochs=2 batch_size=3 copies=2 eval_every=1 patience=1",
+        "metrics": "epochs=2 batch_size=3 copies=2 eval_every=1 patience=1 shots=1",
         "work": "gradient_checkpointing micro_batch_tokens=50",
         "table": "task=odd_even",
         "files": "out=elsewhere save_every=1",
-        "error": "device=abacus policy=autoencoder resume overwrite",
+        "error": "device=abacus policy=autoencoder resume overwrite chat_template=absent thinking=on",
     },
     "inference": {
-        "text": "model=other samples=2 temperature=2 max_new_tokens=3 seed=1 eval task=odd_even data=file.json limit=3",
+        "text": "model=other samples=2 temperature=2 max_new_tokens=3 seed=1 eval task=odd_even data=file.json limit=3 "
+        "shots=1",
         "work": "batch_size=4 dtype=bfloat16",
         "files": "report=report.json outputs=outputs.jsonl",
-        "error": "device=abacus",
+        "error": "device=abacus chat_template=absent thinking=on",
     },
 }
 NEEDS = {

@@ -468,7 +468,8 @@ def test_hostile_completions_get_a_score_in_bounded_time(name):
     columns = {"answer": ["7"] * len(HOSTILE), "reference": ["seven"] * len(HOSTILE), "completion_ids": ids}
     scorer = lambda prompts, completions, completion_ids: [-1e9] * len(completions)  # noqa: E731
     scores = rewards.REWARDS[name](prompts=HOSTILE, completions=HOSTILE, scorer=scorer, state={}, **columns)
-    assert len(scores) == len(HOSTILE) and all(math.isfinite(score) for score in scores)
+    stopped = (None,) if name.startswith("math") else ()  # which is no score
+    assert len(scores) == len(HOSTILE) and all(score in stopped or math.isfinite(score) for score in scores)
     if name in ("answer_exact", "hard", "math_accuracy"):
         assert not any(scores)
     limit = 10 * rewards.COMPARE_SECONDS if name.startswith("math") else 10.0
@@ -487,7 +488,9 @@ def test_a_comparison_that_hangs_is_stopped_and_the_next_one_is_right(monkeypatc
     monkeypatch.setattr(rewards, "COMPARE_SECONDS", 1e-4)
     comparer = rewards.Comparer()
     for _ in range(4):
-        assert comparer.equal("2^{11}", "2048") == 0.0 and comparer.process.returncode == -signal.SIGKILL
+        with pytest.raises(TimeoutError):
+            comparer.equal("2^{11}", "2048")
+        assert comparer.process.returncode == -signal.SIGKILL
     monkeypatch.setattr(rewards, "COMPARE_SECONDS", 60.0)
     assert comparer.equal("2^{11}", "2048") == 1.0
     comparer.process.kill()  # by somebody else: nobody's fault, so it is asked again
@@ -506,10 +509,29 @@ def test_a_comparison_that_holds_the_interpreter_is_stopped_in_its_time(monkeypa
     time.sleep(1)
     assert comparer.equal("3^{7}", "2187") == 1.0 and comparer.process is process
     start = time.monotonic()
-    assert comparer.equal("7", "(10^9)!") == 0.0 and process.returncode == -signal.SIGKILL
+    with pytest.raises(TimeoutError):
+        comparer.equal("7", "(10^9)!")
+    assert process.returncode == -signal.SIGKILL
     assert time.monotonic() - start < 1.5
     assert comparer.equal("3^{7}", "2187") == 1.0
     end(comparer)
+
+
+def test_a_stopped_comparison_is_tried_once_more_alone_and_else_has_no_score(monkeypatch):
+    asked, busy = [], {"11": 1, "12": 2}  # how often each is stopped
+
+    def equal(self, gold, answer):
+        asked.append(answer)
+        if asked.count(answer) <= busy.get(answer, 0):
+            raise TimeoutError
+        return 1.0
+
+    monkeypatch.setattr(rewards.Comparer, "equal", equal)
+    golds = ["{11}+0", "{12}+0", "{13}+0", "{12}+0"]  # nothing here equals as text
+    assert rewards.equal_answers(golds, ["11", "12", "13", "12"]) == [1.0, None, 1.0, None]
+    assert sorted(asked) == ["11", "11", "12", "12", "13"] and asked[-2:] in (["11", "12"], ["12", "11"])
+    assert rewards.equal_answers(golds[:2], ["11", "12"]) == [1.0, 1.0]  # that it was stopped is not remembered
+    assert sorted(asked[5:]) == ["12"]
 
 
 def test_comparers_have_bounded_memory_and_ctrl_c_in_the_terminal_does_not_reach_them():
