@@ -88,6 +88,7 @@ def test_flags_that_are_named_exist():
         for name in programs
     )
     there += (ROOT / "tests" / "faults.py").read_text(encoding="utf-8")  # which reads --table without a parser
+    there += subprocess.run([sys.executable, "-m", "pip", "install", "--help"], capture_output=True, text=True).stdout
     for flag in sorted(set(re.findall(r"--[a-z][a-z-]+", "".join(TEXTS.values())))):
         assert flag in there or flag.replace("-", "_").replace("__", "--", 1) in there, flag
 
