@@ -123,9 +123,9 @@ class Cache:
     def share(self, group: torch.Tensor, room: int = 0, key_mask: torch.Tensor | None = None) -> None:
         """Go on with rows of which `group` (B,), ascending, names the one so far that each continues.
 
-        A long text stays where it is and is read once for all its rows, which takes half the time of a token after 256
-        tokens that 16 rows share; a short one is repeated, which saves products. `key_mask` (rows so far, L) is true on
-        real tokens; the rows get space for `room` more.
+        A long text stays where it is and is read once for all its rows, which halves the time of attention after 256
+        tokens that 16 rows share; a short one is repeated, which saves small operations. `key_mask` (rows so far, L)
+        is true on real tokens; the rows get space for `room` more.
         """
         for shared in self.shared:
             shared.regroup(shared.group[group])
@@ -154,8 +154,8 @@ class Packed:
     """Attention over packed tokens: those of P prompts, one after the other, then those of B completions.
 
     A prompt sees itself, a completion its own prompt and itself. What all prompts begin with, `common` tokens, stands
-    before all else, once. `prompts` (P,) and `completions` (B,) are numbers of
-    tokens, `group` (B,) names the prompt of each completion. Only here, between projections, do rows have one width.
+    before all else, once. `prompts` (P,) and `completions` (B,) are numbers of tokens, `group` (B,) names the prompt of
+    each completion. Only here, between projections, do rows have one width.
     """
 
     def __init__(self, prompts: torch.Tensor, completions: torch.Tensor, group: torch.Tensor, common: int = 0):

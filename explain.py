@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 
 from policy import TokenPolicy, score_rollout
-from rewards import apply_reward
+from rewards import RewardFunction, Rewards, apply_reward
 from runs import printable
 from tasks import take_prompts
 
@@ -20,6 +20,11 @@ def aligned(rows: list[list[str]]) -> str:
     return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
+def known(values: list[float | None]) -> RewardFunction:
+    """A reward function whose values are there already."""
+    return lambda **_: values
+
+
 def page(run, mathematics: ModuleType) -> str:
     """The step of a run of grpo.py for the first question of its first step, without an update; `mathematics` is grpo.
 
@@ -29,10 +34,11 @@ def page(run, mathematics: ModuleType) -> str:
     config, algorithm, policy = run.config, run.config.resolved_algorithm, run.policy
     (example,) = take_prompts(run.data["train"], 1, 1, config.seed)
     rollout = policy.sample([example], config.num_generations, (config.seed, 1, 0), config.max_new_tokens)
-    rewards, _ = run.rewards([example], rollout, {})
     rows = [example] * config.num_generations
     given = {**run.rewards.inputs, "state": {}}
     parts = [apply_reward(name, function, rows, rollout, **given) for name, (function, _) in run.rewards.mix.items()]
+    recorded = {name: (known(x), w) for (name, (_, w)), x in zip(run.rewards.mix.items(), parts, strict=True)}
+    rewards, _ = Rewards(recorded)([example], rollout, {})  # a judge is asked once
     advantages = mathematics.group_advantages(rewards.to(policy.device), algorithm.advantage)
     ref_logp = score_rollout(run.reference, rollout, config.micro_batch_tokens) if run.reference else None
     old_logp = score_rollout(policy, rollout, config.micro_batch_tokens)
@@ -75,10 +81,11 @@ def token_rows(policy, rollout, i: int, logp, ref_logp, pull, mathematics: Modul
     tokens = rollout.texts[i : i + 1]
     if isinstance(policy, TokenPolicy):
         tokens = [policy.tokenizer.decode([token]) for token in rollout.completion_ids[i]]
+    kl = None if ref_logp is None else mathematics.kl_penalty(logp[i], ref_logp[i])
     for t, token in enumerate(tokens):
         row = [f"{logp[i, t]:.4f}", "–", "1.000", "–"]  # before an update the ratio is 1
         if ref_logp is not None:
-            row[1], row[3] = f"{ref_logp[i, t]:.4f}", f"{mathematics.kl_penalty(logp, ref_logp)[i, t]:.5f}"
+            row[1], row[3] = f"{ref_logp[i, t]:.4f}", f"{kl[t]:.5f}"
         asked = round(pull[i, t].item() * len(tokens), 4) + 0.0  # no minus zero
         row += [f"{asked:+.4f}", "up" if asked > 0 else "down" if asked < 0 else "nothing"]
         rows.append([*row, printable(token).replace("\n", "\\n")])

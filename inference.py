@@ -105,8 +105,7 @@ def measure_completions(
     size = max(1, batch_rows // group_size)
     how = "greedy" if greedy else f"{group_size} samples"
     starts = range(0, len(examples), size)
-    bar = tqdm(starts, f"{len(examples)} problems, {how}", leave=False, delay=5, unit="batch")  # of what takes longer
-    for start in bar:
+    for start in tqdm(starts, f"{len(examples)} problems, {how}", leave=False, delay=5, unit="batch"):
         part = examples[start : start + size]
         rollout = policy.sample(part, group_size, (seed, 0, 0), max_new_tokens, greedy, start, explore=False)
         rows = [example for example in part for _ in range(group_size)]
@@ -243,8 +242,12 @@ def as_trained(config: InferenceConfig, name: str) -> InferenceConfig:
     file = Path(name) / "run.json"
     stored = read_json(file).get("settings") if file.is_file() else None
     stored = stored if isinstance(stored, dict) and stored.get("task") == config.task else {}
-    names = ("shots", "data", "thinking")
-    return replace(config, **{key: stored.get(key) for key in names if getattr(config, key) is None})
+    found = {key: stored.get(key) for key in ("shots", "data", "thinking") if getattr(config, key) is None}
+    if type(found.get("shots") or 0) is not int or not isinstance(found.get("data") or "", str):
+        raise UserError(
+            f"{file}: shots or data are not what a run writes; restore the file, or give --shots and --data"
+        )
+    return replace(config, **found)
 
 
 def answer_question(config: InferenceConfig, question: str, policies: dict[str, Policy]) -> None:

@@ -188,6 +188,12 @@ def test_a_run_asks_as_it_was_trained(chat, tmp_path, monkeypatch, capsys):
     assert len(asked[0]) == 1
     config = inference.InferenceConfig(model=[str(tmp_path / "run")])
     assert as_trained(config, str(tmp_path / "run")).thinking == "on"
+    for damaged in ({"shots": "4"}, {"shots": -1}, {"data": 3}, {"thinking": "maybe"}):
+        stored = {"settings": {"task": "arithmetic", **damaged}}
+        (tmp_path / "damaged").mkdir(exist_ok=True)
+        (tmp_path / "damaged" / "run.json").write_text(json.dumps(stored))
+        with pytest.raises(UserError):
+            as_trained(config, str(tmp_path / "damaged"))
     other = inference.InferenceConfig(model=[str(tmp_path / "run")], task="odd_even")
     assert as_trained(other, str(tmp_path / "run")).shots is None  # another task's shots are none of this one's
 
