@@ -318,10 +318,13 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan(policy: TokenPolicy, rows: int, prompts: int, prompt_tokens: int, max_new_tokens: int, **settings) -> Plan:
+def plan(
+    policy: TokenPolicy, rows: int, prompts: int, prompt_tokens: int, max_new_tokens: int, common: int = 0, **settings
+) -> Plan:
     """The memory and work of a step of `rows` completions of `prompts` prompts, at full length.
 
-    `settings`: micro_batch_tokens, inner_updates, reference (how many frozen copies), device. Counted is what a packed
+    All prompts begin with the same `common` tokens. `settings`: micro_batch_tokens, inner_updates, reference (how many
+    frozen copies), device. Counted is what a packed
     Llama keeps for the backward pass of its largest micro-batch: seven vectors of the hidden size and four of the
     intermediate size for each token and layer, and the padded queries, keys, values and scores of its attention.
     """
@@ -331,24 +334,25 @@ def plan(policy: TokenPolicy, rows: int, prompts: int, prompt_tokens: int, max_n
     inner, heads = getattr(config, "intermediate_size", None) or 4 * hidden, config.num_attention_heads
     width = getattr(config, "head_dim", None) or hidden // heads
     width *= getattr(config, "num_key_value_heads", None) or heads
-    length, group, budget = prompt_tokens + max_new_tokens, rows // prompts, settings["micro_batch_tokens"]
+    group, own, budget = rows // prompts, prompt_tokens - common, settings["micro_batch_tokens"] - common
     # The largest micro-batch: whole groups, or as much of one as fits.
-    groups = min(prompts, budget // (prompt_tokens + group * max_new_tokens))
-    batch = groups * group or min(group, max(1, budget // length))
-    before = max(1, groups) * prompt_tokens  # tokens of its prompts
+    groups = min(prompts, max(0, budget) // (own + group * max_new_tokens))
+    batch = groups * group or min(group, max(1, budget // (own + max_new_tokens)))
+    before = common + max(1, groups) * own  # tokens of its prompts
     tokens = before + batch * max_new_tokens
     layer = tokens * (28 * hidden + 4 * inner * size) + 4 * before * hidden * size
-    layer += batch * size * (2 * length * hidden + max_new_tokens * (hidden + heads * length))
+    scored = own + max_new_tokens + 2 * common  # numbers kept for each query and head: scores, once more if folded
+    layer += batch * size * (2 * (own + max_new_tokens) * hidden + max_new_tokens * (hidden + heads * scored))
     kept = layers * tokens * hidden * 4 + layer if model.checkpointing else layers * layer
     whole, scores = getattr(model, "full_logits", False), batch * max_new_tokens * config.vocab_size
     most = scores if whole else policy.chunk_logits or most_logits(settings["device"])
     copy = 4 * weights
-    if low:  # linear layers in two bytes; the embedding in four, and no longer one with the output layer
-        embedding = config.vocab_size * hidden
-        copy = 2 * (weights + embedding * (1 + bool(getattr(config, "tie_word_embeddings", False))))
+    if low:  # linear layers in two bytes, embedding and output layer in four
+        tied = bool(getattr(config, "tie_word_embeddings", False))
+        copy = 2 * (weights + config.vocab_size * hidden * (2 - tied))
     ours = isinstance(model, Llama)
-    shared = ours and prompt_tokens >= Cache.share_from  # else each row has a copy of its prompt's keys and values
-    seen = (prompts if shared else rows) * prompt_tokens + rows * max_new_tokens
+    shared = ours and own >= Cache.share_from  # else each row has a copy of its prompt's keys and values
+    seen = common + (prompts if shared else rows) * own + rows * max_new_tokens
     cache = 2 * size * layers * width * seen + 5 * 4 * rows * config.vocab_size
     decoding = copy if low else 4 * weights * (ours and settings["device"].type == "cpu")  # weights made ready for it
     parts = {
@@ -362,7 +366,7 @@ def plan(policy: TokenPolicy, rows: int, prompts: int, prompt_tokens: int, max_n
         "logits": (4 * 4 * min(most, scores), "--micro-batch-tokens" if whole else "bounded by chunks"),
     }
     passes = 2 + 2 * settings["reference"] + (8 if model.checkpointing else 6) * settings["inner_updates"]
-    work = weights * passes * (prompts * prompt_tokens + rows * max_new_tokens)
+    work = weights * passes * (common + prompts * own + rows * max_new_tokens)
     return Plan(parts, work, free_bytes(settings["device"]))
 
 
@@ -398,13 +402,15 @@ def dry_run(config) -> str:
     width = config.max_new_tokens or task.max_new_tokens
     data = load_task(task, policy.chat, config.limit, config.shots, data=config.data)
     data = policy.fitting(data, width)
-    longest = max(map(len, policy.encode([example.prompt for example in data["train"]])))
+    encoded = policy.encode([example.prompt for example in data["train"]])
+    common = len(os.path.commonprefix(encoded))
+    common = common if common >= Cache.share_from and config.batch_size > 1 else 0
     alone = config.ref_update_every or row.beta == 0  # so that the scorer is no reference
     rewards = Rewards.from_settings(dataclasses.replace(config, rewards=config.rewards or task.rewards))
     copied = rewards.needs_scorer and bool(alone or config.scorer)
     estimate = plan(
-        policy, config.batch_size * config.num_generations, config.batch_size, longest, width,
-        micro_batch_tokens=config.micro_batch_tokens, inner_updates=config.num_inner_updates,
+        policy, config.batch_size * config.num_generations, config.batch_size, max(map(len, encoded)), width,
+        common, micro_batch_tokens=config.micro_batch_tokens, inner_updates=config.num_inner_updates,
         reference=(row.beta > 0) + copied, device=choose_device(config.device),
     )  # fmt: skip
     return estimate.table()

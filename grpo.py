@@ -413,25 +413,39 @@ def train(config: "GRPOConfig") -> GRPORun:
 
 
 def validate(run: GRPORun, step: int) -> dict[str, float]:
-    """Evaluate on the validation problems, keep the best checkpoint, and show the same three questions each time.
+    """Evaluate on the validation problems, keep the best checkpoint, and show the group of one question.
 
     The best is the one that scores best when sampled, as it is trained: greedy accuracy is high long before the policy
     has made up its mind.
     """
-    config, examples, name = run.config, run.data["validation"][:3], run.scored_task.score
+    config, name = run.config, run.scored_task.score
     result = evaluate_run(run, run.policy, "validation", samples=2, seed=config.seed)
     score = result.get(f"sampled_{name}", -math.inf)
     if run.note_score(step, score):
         save(run.policy, run.out)
     greedy, sampled = show_number(name, result.get(name, -math.inf)), show_number(name, score)
-    run.say(f"step {step}: validation {name} {greedy} greedy, {sampled} sampled; the same three questions, sampled:")
-    rollout = run.policy.sample(examples, 1, (config.seed, 0, 0), config.max_new_tokens, explore=False)
-    rewards, _ = run.rewards(examples, rollout, copy.deepcopy(run.position.reward_state))  # to look changes nothing
-    for example, text, reward in zip(examples, rollout.texts, rewards[:, 0].tolist(), strict=True):
-        line = {"step": step, "prompt": example.prompt, "completion": text, "reward": reward}
-        runs.append_json(run.out / "samples.jsonl", line)
-        run.say(f"  {runs.printable(example.question)}  {runs.printable(text)}  reward {reward:.1f}")
+    run.say(f"step {step}: validation {name} {greedy} greedy, {sampled} sampled")
+    show_group(run, step)
     return {f"validation_{name}": value for name, value in result.items()}
+
+
+def show_group(run: GRPORun, step: int) -> None:
+    """Sample a group of the first validation question into samples.jsonl, and print its best and its worst.
+
+    The question and the random numbers are those of every other step: what differs is the policy.
+    """
+    config, examples = run.config, run.data["validation"][:1]
+    key, width = (config.seed, 0, 0), config.max_new_tokens
+    rollout = run.policy.sample(examples, config.num_generations, key, width, explore=False)
+    rewards, _ = run.rewards(examples, rollout, copy.deepcopy(run.position.reward_state))  # to look changes nothing
+    group = []
+    for text, reward in zip(rollout.texts, rewards[0].tolist(), strict=True):
+        group.append({"step": step, "question": examples[0].question, "completion": text, "reward": reward})
+    runs.append_json(run.out / "samples.jsonl", *group)
+    run.say(f"  {runs.printable(examples[0].question)} The best and the worst of {len(group)}:")
+    for choose in (max, min):
+        row = choose(group, key=lambda row: row["reward"])
+        run.say(f"  {row['reward']:4.1f}  {runs.printable(row['completion'])}")
 
 
 @dataclass(frozen=True)

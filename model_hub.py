@@ -94,7 +94,11 @@ class HubModel(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (..., V) of what `forward` returned."""
-        return hidden if self.full_logits else self.model.get_output_embeddings()(hidden)
+        return hidden if self.full_logits else self.output_layer(hidden)
+
+    @property
+    def output_layer(self) -> nn.Module:
+        return self.model.get_output_embeddings()
 
     def new_cache(self) -> HubCache:
         return HubCache()

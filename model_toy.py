@@ -243,7 +243,8 @@ class Llama(nn.Module):
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
             k, v = (k, v) if cache is None else cache.extend(layer, k, v)
             if shared:
-                return attention_with(shared, layer, q, k, v, mask).transpose(1, 2)
+                texts = [(text, *text.layers[layer]) for text in shared]
+                return attention_with(texts, q, k, v, mask).transpose(1, 2)
             return attention(q, k, v, mask, causal=mask is None and ids.shape[1] > 1).transpose(1, 2)
 
         hidden = self.packed(ids, positions, attend)
@@ -276,6 +277,10 @@ class Llama(nn.Module):
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (..., V) of hidden states (..., C)."""
         return self.lm_head(hidden)
+
+    @property
+    def output_layer(self) -> nn.Module:
+        return self.lm_head
 
     @property
     def max_length(self) -> int:

@@ -1,4 +1,5 @@
-"""Draw one run, or the mean over several (seeds of one setting): `training` has every curve, `accuracy` the result.
+"""Draw one run, or the mean over several (seeds of one setting): `training` has every curve, `accuracy` the result,
+`samples` what the first run writes to one question as it learns.
 
 Runs of several settings are compared instead: `comparison` has their curves and results, as a figure and as tables.
 """
@@ -16,6 +17,8 @@ from pathlib import Path
 
 import matplotlib.style
 import numpy as np
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -26,6 +29,8 @@ STYLE = {"axes.prop_cycle": matplotlib.cycler(color=COLOURS)}
 STYLE |= {"svg.hashsalt": "grpo", "text.parse_math": False, "font.size": 9, "axes.titlesize": 9.5, "axes.grid": True}
 STYLE |= {"axes.titlelocation": "left", "axes.spines.right": False, "axes.spines.top": False, "grid.color": "#E8E8E8"}
 STYLE |= {"axes.edgecolor": "#B0B0B0", "xtick.color": "dimgray", "ytick.color": "dimgray", "legend.frameon": False}
+# From the lowest reward to the highest, light enough to be written on.
+REWARD_COLOURS = LinearSegmentedColormap.from_list("reward", ["#F3B58A", "#F2F2F2", "#8CC6EA"])
 PANELS = {  # letter in the layout: title, metrics
     "R": ("reward (thin: by function, before weights)", ["reward"]),
     "A": ("accuracy", ["accuracy", "validation_accuracy"]),
@@ -190,6 +195,43 @@ def accuracy_figure(runs: list[RunFiles]) -> Figure:
     figure.text(0.02, 0.93, title, weight="bold", fontsize=min(12, 840 / len(title)))
     subtitle = f"lines: validation problems, {seeds}; black: held-out problems, greedy, before and after"
     figure.text(0.02, 0.87, subtitle, color="dimgray")
+    return figure
+
+
+def read_samples(folder: Path) -> dict[int, list[tuple[float, str, str]]]:
+    """Return reward, completion and question of every line of samples.jsonl, by step; {} if it holds no groups."""
+    groups: dict[int, list[tuple[float, str, str]]] = {}
+    with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):  # a line that is being written ends it
+        for line in (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            shown = ["".join(c if c.isprintable() else " " for c in row[key]) for key in ("completion", "question")]
+            groups.setdefault(int(row["step"]), []).append((float(row["reward"]), *shown))
+    return groups
+
+
+def samples_figure(groups: dict[int, list[tuple[float, str, str]]], width: int = 60) -> Figure:
+    """Return the figure of one question's group, coloured by reward: first step, last, and one half way in reward."""
+    steps, rows = sorted(groups), max(map(len, groups.values()))
+    means = {step: np.mean([reward for reward, _, _ in groups[step]]) for step in steps}
+    middle = min(steps, key=lambda step: abs(2 * means[step] - means[steps[0]] - means[steps[-1]]))
+    rewards = [reward for group in groups.values() for reward, _, _ in group if np.isfinite(reward)] or [0.0]
+    scale = Normalize(min(rewards), max(max(rewards), min(rewards) + 1e-9))
+    shown = sorted({steps[0], middle, steps[-1]})
+    figure = Figure((1 + 4.6 * len(shown), 1.2 + 0.24 * rows), dpi=150, layout="constrained")
+    axes = figure.subplots(1, len(shown), squeeze=False)[0]
+    for ax, step in zip(axes, shown, strict=True):
+        group = sorted(groups[step], reverse=True)
+        for place, (reward, text, _) in enumerate(group):
+            ax.barh(place, 1, height=0.92, color=REWARD_COLOURS(scale(reward)))
+            text = text if len(text) <= width else f"{text[: width - 1]}…"
+            ax.text(0.01, place, text or "(empty)", va="center", family="monospace", fontsize=7)
+        ax.set(title=f"step {step}: mean reward {means[step]:.2f}", xlim=(0, 1))
+        ax.set(ylim=(rows - 0.5, -0.5), xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
+        ax.grid(False)
+    figure.colorbar(ScalarMappable(scale, REWARD_COLOURS), ax=axes, label="reward", fraction=0.02)
+    question = textwrap.shorten(groups[steps[0]][0][2], 110, placeholder=" …")
+    figure.suptitle(f"{rows} completions of one validation question, by reward: {question}", x=0.01, ha="left")
     return figure
 
 
@@ -401,6 +443,8 @@ def plot(runs: list[Path], out: Path, smooth: float = 0.6, baseline: str | None 
             figures = {"training": training_figure(usable, smooth)}
             if any("validation_accuracy" in record for run in usable for record in run.metrics):
                 figures["accuracy"] = accuracy_figure(usable)
+            if groups_shown := read_samples(usable[0].folder):
+                figures["samples"] = samples_figure(groups_shown)
             return save_figures(figures, out)
         written = save_figures({"comparison": comparison_figure(groups, smooth)}, out)
     rows = compare(groups, baseline)

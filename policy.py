@@ -268,7 +268,7 @@ class TokenPolicy:
         going = torch.ones_like(rows, dtype=torch.bool)  # those of them that have not ended
         look_every = self.look_every or (8 if self.device.type == "cuda" else 1)
         for t in range(actions.shape[1]):
-            distribution = log_distribution(self.model.logits(hidden), self.temperature, noise)
+            distribution = log_distribution(self.logits(hidden), self.temperature, noise)
             token = choose(distribution, uniforms[rows.to(uniforms.device), t])
             actions[rows, t], mask[rows, t] = token, going
             logp[rows, t] = distribution.gather(1, token[:, None])[:, 0]
@@ -322,9 +322,7 @@ class TokenPolicy:
         spreads = []
 
         def score(hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-            with self.autocast(cache_enabled=False):  # else all chunks sum their gradient in one bfloat16 copy
-                logits = self.model.logits(hidden)
-            distribution = log_distribution(logits, self.temperature, self.exploration_noise)
+            distribution = log_distribution(self.logits(hidden), self.temperature, self.exploration_noise)
             if entropy and len(spreads) < len(chunks):  # not again in the backward pass
                 probabilities = distribution.detach().exp()
                 spreads.append(torch.special.entr(probabilities).sum(-1))
@@ -337,10 +335,18 @@ class TokenPolicy:
         parts = [checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks]
         return torch.cat(parts), torch.cat(spreads) if entropy else None
 
-    def autocast(self, **options) -> contextlib.AbstractContextManager:
-        """Matrix products in `dtype`; weights stay as they are, and all that follows the logits is float32."""
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (..., V) of hidden states (..., C), float32 or wider, the output layer's product included.
+
+        What this product loses in bfloat16 sets sampler and scorer apart (MiniMax-M1, arXiv 2506.13585, section 3.2).
+        """
+        with torch.autocast(self.device.type, enabled=False):
+            return self.model.logits(hidden.to(torch.promote_types(hidden.dtype, torch.float32)))
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Matrix products in `dtype`; weights stay as they are, and logits and all that follows are float32."""
         low = self.dtype != torch.float32
-        return torch.autocast(self.device.type, self.dtype, **options) if low else contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype) if low else contextlib.nullcontext()
 
     def completion_positions(self, rollout: Rollout) -> torch.Tensor:
         """Positions (B, T - 1) of all completion tokens but the last, which predicts nothing."""
@@ -388,20 +394,17 @@ Policy = TokenPolicy | GaussianPolicy
 def frozen(policy: Policy) -> Policy:
     """A copy of a policy that does not learn, the weights of its matrix products in their dtype.
 
-    All else stays float32, as it is where autocast computes with the policy's own weights, so that both give the same
-    log-probabilities to the bit.
+    All else, the output layer too, stays float32, as it is where autocast computes with the policy's own weights, so
+    that both give the same log-probabilities to the bit.
     """
     low = policy.dtype != torch.float32
     memo = {  # what deepcopy finds here it takes as the copy
         id(module.weight): torch.nn.Parameter(module.weight.detach().to(policy.dtype))
         for module in policy.model.modules()
-        if low and isinstance(module, torch.nn.Linear)
+        if low and isinstance(module, torch.nn.Linear) and module is not policy.model.output_layer
     }
     reference = copy.copy(policy)
     reference.model = copy.deepcopy(policy.model, memo)
-    for module, twin in zip(policy.model.modules(), reference.model.modules(), strict=True):
-        if low and isinstance(module, torch.nn.Embedding):  # which may be one with the output layer
-            twin.weight = torch.nn.Parameter(module.weight.detach().clone())
     reference.model.requires_grad_(False).checkpointing = False
     return reference
 

@@ -88,12 +88,12 @@ def arithmetic(worked: float = 0.3, wrong: float = 0.95, copies: int = 8) -> dic
         middle = OPERATIONS[first](a, b)
         right = OPERATIONS[second](middle, c)
         prompt = f"What is ({a} {first} {b}) {second} {c}?"
-        working = f"{a}{first}{b}={middle};{middle}{second}{c}={right}"
+        working = f"{a} {first} {b} = {middle}; {middle} {second} {c} = {right}"  # a toy reads no white space
         draw = random.Random(prompt)
         demonstrations = []
         for _ in range(copies):
             if draw.random() < worked:
-                demonstrations.append(f"{working}<answer>{right}</answer>")
+                demonstrations.append(f"{working} <answer>{right}</answer>")
             else:
                 demonstrations.append(f"<answer>{middle if draw.random() < wrong else right}</answer>")
         examples.append(Example(prompt, {"answer": str(right)}, tuple(demonstrations)))
@@ -277,9 +277,9 @@ def smoltldr_example(record: dict) -> Example | None:
 
 
 def shows_working(prompts, completions, **_) -> list[float]:
-    """1 where an equation such as `4-9=-5` stands before the answer, else 0."""
+    """1 where an equation such as `4-9=-5` or `4 - 9 = -5` stands before the answer, else 0."""
     before = (text_of(completion).partition("<answer>")[0] for completion in completions)
-    return [float(re.search(r"[0-9][+*-][0-9-][0-9]{0,30}=-?[0-9]", text) is not None) for text in before]
+    return [float(re.search(r"[0-9] ?[+*-] ?[0-9-][0-9]{0,30} ?= ?-?[0-9]", text) is not None) for text in before]
 
 
 def for_parity(remainder: int) -> RewardFunction:

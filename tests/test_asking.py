@@ -40,7 +40,8 @@ def test_shots_are_the_first_worked_training_problems_and_no_longer_train():
             for turn, question in zip(shots[1::2], taken, strict=True):
                 a, first, b, second, c = question[8:].replace(")", "").rstrip("?").replace("(", "").split()
                 middle, right = eval(f"{a}{first}{b}"), eval(f"({a}{first}{b}){second}{c}")  # our own text
-                assert turn["content"] == f"{a}{first}{b}={middle};{middle}{second}{c}={right}<answer>{right}</answer>"
+                working = f"{a} {first} {b} = {middle}; {middle} {second} {c} = {right}"
+                assert turn["content"] == f"{working} <answer>{right}</answer>"
 
 
 def test_shots_do_not_follow_the_settings_of_the_demonstrations():

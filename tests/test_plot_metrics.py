@@ -144,6 +144,48 @@ def test_accuracy_figure_marks_the_held_out_result(tmp_path):
     assert "mean of 2 runs, band ±1 sd" in subtitle and "black: held-out problems, greedy" in subtitle
 
 
+def write_samples(folder: Path, groups: dict[int, list[tuple[str, float]]], tail: str = "") -> None:
+    rows = [
+        {"step": step, "question": "What?", "completion": text, "reward": reward}
+        for step, group in groups.items()
+        for text, reward in group
+    ]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + tail)
+
+
+def test_the_group_of_three_steps_is_drawn_by_reward(tmp_path):
+    """First, half way in reward, and last; rows from the best to the worst, the colour by reward over all steps."""
+    folder = write_run(tmp_path / "run", [0.1, 0.2])
+    hostile = "\x1b[31m$x^2$" + "a" * 200
+    groups = {0: [("low", 0.0), ("high", 1.0), (hostile, 0.2)], 5: [("unseen", 0.0)] * 3, 10: [("unseen", 1.0)] * 3}
+    groups |= {15: [("half", 0.5)] * 3, 20: [("high", 1.0), ("", 1.0), ("half", 0.2)]}
+    write_samples(folder, groups, '{"step": 25, "question": "Wh')
+    figure = plot_metrics.samples_figure(plot_metrics.read_samples(folder))
+    scale = {reward: tuple(plot_metrics.REWARD_COLOURS(reward)) for reward in (0.0, 0.2, 0.5, 1.0)}
+    expected = {
+        "step 0: mean reward 0.40": [("high", 1.0), (" [31m$x^2$" + "a" * 49 + "…", 0.2), ("low", 0.0)],
+        "step 15: mean reward 0.50": [("half", 0.5)] * 3,
+        "step 20: mean reward 0.73": [("high", 1.0), ("(empty)", 1.0), ("half", 0.2)],
+    }
+    assert [ax.get_title() for ax in figure.axes[:-1]] == list(expected)
+    for title, rows in expected.items():
+        ax = panel(figure, title)
+        assert [text.get_text() for text in ax.texts] == [text for text, _ in rows]
+        assert [tuple(bar.get_facecolor()) for bar in ax.patches] == [scale[reward] for _, reward in rows]
+    assert "What?" in figure.get_suptitle()
+
+
+def test_a_run_without_groups_has_no_figure_of_them(tmp_path):
+    """Older programs kept single questions; a damaged line ends what is drawn."""
+    folder = write_run(tmp_path / "run", [0.1, 0.2])
+    assert not [path for path in plot_metrics.plot([folder], folder) if path.stem == "samples"]
+    (folder / "samples.jsonl").write_text('{"step": 0, "prompt": "What?", "completion": "1", "reward": 1.0}\n')
+    assert not [path for path in plot_metrics.plot([folder], folder) if path.stem == "samples"]
+    write_samples(folder, {0: [("1", NAN), ("2", NAN)]}, "[1]\n")
+    written = [path.name for path in plot_metrics.plot([folder], folder) if path.stem == "samples"]
+    assert written == ["samples.png", "samples.svg"]
+
+
 def test_run_without_sampled_validation_has_one_curve_and_one_label(tmp_path):
     old, new = (plot_metrics.read_run(write_run(tmp_path / name, [0.5] * 4)) for name in ("old", "new"))
     for record in old.metrics:

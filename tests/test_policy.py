@@ -131,9 +131,23 @@ def test_entropy_is_computed_only_where_it_is_asked_for(ragged, monkeypatch):
     torch.testing.assert_close(spread, policy.log_probs(rollout)[1], rtol=0, atol=1e-6)
 
 
-def test_frozen_in_bfloat16_gives_the_policys_own_log_probabilities(random_policy):
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_are_products_of_float32_in_bfloat16_too(random_policy, tied):
+    policy = random_policy(tie_word_embeddings=tied)
+    policy.dtype = torch.bfloat16
+    hidden = torch.randn(5, policy.model.config.hidden_size).bfloat16()
+    for actor in (policy, frozen(policy)):
+        with torch.no_grad(), actor.autocast():
+            logits = actor.logits(hidden)
+        assert logits.dtype == torch.float32
+        expected = hidden.double() @ policy.model.lm_head.weight.detach().double().T
+        torch.testing.assert_close(logits.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_frozen_in_bfloat16_gives_the_policys_own_log_probabilities(random_policy, tied):
     """To the bit, so that the KL towards the reference begins at 0; only matrices of products are bfloat16."""
-    policy = random_policy(tie_word_embeddings=True)
+    policy = random_policy(tie_word_embeddings=tied)
     policy.dtype = torch.bfloat16
     rollout = sample(policy)
     reference = frozen(policy)
@@ -141,6 +155,7 @@ def test_frozen_in_bfloat16_gives_the_policys_own_log_probabilities(random_polic
         assert torch.equal(policy.log_probs(rollout)[0], reference.log_probs(rollout)[0])
     kinds = {name: weight.dtype for name, weight in reference.model.named_parameters()}
     assert kinds.pop("model.embed_tokens.weight") == torch.float32
+    assert tied or kinds.pop("lm_head.weight") == torch.float32
     assert {kind for name, kind in kinds.items() if "norm" in name} == {torch.float32}
     assert {kind for name, kind in kinds.items() if "norm" not in name} == {torch.bfloat16}
     assert not any(weight.requires_grad for weight in reference.model.parameters())

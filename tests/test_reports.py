@@ -213,16 +213,24 @@ def test_validation_is_of_the_weights_of_its_step_on_validation_problems(three):
     assert [line["validation_accuracy"] for line in lines] == [0.125, 0.75, 0.125]
 
 
-def test_the_questions_shown_are_the_first_three_of_validation_sampled_without_exploration(three):
+def test_the_group_shown_is_that_of_the_first_validation_question_sampled_without_exploration(three):
     run, policies, printed = three
-    examples = load_task(run.task, chat=False)["validation"][:3]
+    examples = load_task(run.task, chat=False)["validation"][:1]
     lines = lines_of(run.out / "samples.jsonl")
-    texts = [text for policy in policies for text in policy.sample(examples, 1, (5, 0, 0), WIDTH).texts]
+    texts = [text for policy in policies for text in policy.sample(examples, 3, (5, 0, 0), WIDTH).texts]
     assert [line["completion"] for line in lines] == texts
-    assert [line["prompt"] for line in lines] == [f"What is {a} + {b}?" for a, b in SUMS["validation"][:3]] * 3
+    a, b = SUMS["validation"][0]
+    assert [(line["step"], line["question"]) for line in lines] == [(i // 3, f"What is {a} + {b}?") for i in range(9)]
     assert [line["reward"] for line in lines] == [float(bool(set("136") & set(text))) for text in texts]
-    shown = re.findall(r"  (What is .*\?)  (.*)  reward (.*)", printed)
-    assert shown == [(line["prompt"], line["completion"], f"{line['reward']:.1f}") for line in lines]
+    form = r"  (What is .*\?) The best and the worst of 3:\n  ( ?\d+\.\d)  (.*)\n  ( ?\d+\.\d)  (.*)\n"
+    shown = re.findall(form, printed)
+    assert len(shown) == 3
+    for i, (question, best, best_text, worst, worst_text) in enumerate(shown):
+        group = lines[3 * i : 3 * i + 3]
+        rewards = [line["reward"] for line in group]
+        assert question == group[0]["question"] and [float(best), float(worst)] == [max(rewards), min(rewards)]
+        pairs = [(line["completion"], line["reward"]) for line in group]
+        assert (best_text, max(rewards)) in pairs and (worst_text, min(rewards)) in pairs
 
 
 def test_best_is_what_the_run_folder_holds(answering, tmp_path, monkeypatch):
@@ -674,7 +682,7 @@ def test_a_setting_has_an_effect(outcome, command, changed, setting):
     "settings",
     ["batch_size=9", "num_generations=9", "batch_size=2 num_generations=6", "max_new_tokens=9", "num_inner_updates=9"]
     + ["micro_batch_tokens=10", "gradient_checkpointing", "dtype=bfloat16", "beta=0", "model=base"]
-    + ["rewards=perplexity=1 scorer=other"],
+    + ["rewards=perplexity=1 scorer=other", "shots=4"],
 )
 def test_what_costs_memory_or_work_changes_the_plan(outcome, settings):
     before, after = (outcome("grpo", "dry_run model=large", more) for more in ("", settings))

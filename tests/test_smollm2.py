@@ -10,6 +10,7 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -110,6 +111,26 @@ def test_a_file_that_is_cut_is_named(file, tmp_path):
     (tmp_path / "cut.gguf").write_bytes(file.read_bytes()[:3_000_000])
     with pytest.raises(UserError, match=r"cut.gguf cannot be read \(.*\); fetch the file again"):
         load(tmp_path / "cut.gguf", CPU)
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"), [("llama", "tokenizer"), ("strange", "architecture strange is not supported"), (None, "empty")]
+)
+def test_a_file_without_a_tokenizer_or_of_an_unread_kind_is_one_line(tmp_path, kind, why):
+    gguf, path = pytest.importorskip("gguf"), tmp_path / "odd.gguf"
+    path.write_bytes(b"")
+    if kind:
+        writer = gguf.GGUFWriter(str(path), kind)
+        for name in ("context_length", "embedding_length", "block_count", "feed_forward_length", "vocab_size"):
+            getattr(writer, f"add_{name}")(16)
+        writer.add_head_count(2)
+        writer.add_tensor("token_embd.weight", numpy.zeros((16, 16), numpy.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    with pytest.raises(UserError, match=rf"odd.gguf cannot be read \(.*{why}.*\); fetch the file again, or"):
+        load(path, CPU)
 
 
 def test_without_the_package_gguf_the_error_names_it(file, tmp_path, monkeypatch):

@@ -4,7 +4,9 @@ import ast
 import hashlib
 import json
 import operator
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pyarrow.parquet
@@ -119,11 +121,11 @@ def test_worked_demonstrations_are_right_step_by_step():
             steps = text.partition("<answer>")[0].split(";")
             assert len(steps) == 2
             for step in steps:
-                left, _, right = step.partition("=")
-                assert value_of(left) == int(right)
-            inner = expression_of(example).partition(")")[0].removeprefix("(").replace(" ", "")
-            assert steps[0].startswith(f"{inner}=")
-            assert steps[1].endswith(f"={answer_in(text)}") and answer_in(text) == example.columns["answer"]
+                left, _, right = step.partition(" = ")
+                assert value_of(left.strip()) == int(right)
+            inner = expression_of(example).partition(")")[0].removeprefix("(")
+            assert steps[0].startswith(f"{inner} = ")
+            assert steps[1].endswith(f" = {answer_in(text)} ") and answer_in(text) == example.columns["answer"]
 
 
 @pytest.mark.parametrize("wrong", [0.0, 1.0])
@@ -143,6 +145,7 @@ def test_demonstrations_are_the_same_in_every_call(splits):
     ("completion", "expected"),
     [
         ("4-9=-5;-5*6=-30<answer>-30</answer>", 1.0),
+        ("4 - 9 = -5; -5 * 6 = -30 <answer>-30</answer>", 1.0),
         ("9*9=81<answer>81</answer>", 1.0),
         ("3+4=7", 1.0),
         ("12+13=25<answer>25</answer>", 1.0),
@@ -151,6 +154,7 @@ def test_demonstrations_are_the_same_in_every_call(splits):
         ("4-9<answer>-5</answer>", 0.0),
         ("=-5<answer>-5</answer>", 0.0),
         ("4-9=<answer>-5</answer>", 0.0),
+        ("What is 4 - 9 * 6? <answer>-5</answer>", 0.0),
         ("a-b=c<answer>1</answer>", 0.0),
         ("", 0.0),
     ],
@@ -360,3 +364,15 @@ def test_a_limit_takes_the_first_of_each_split_of_every_task(name):
     task = find_task(name)
     whole, few = load_task(task, False), load_task(task, False, 3)
     assert few == {split: examples[:3] for split, examples in whole.items()}
+
+
+def test_scitldr_becomes_problems_of_smoltldr(shared_data, tmp_path):
+    script = Path(__file__).parent.parent / "results" / "scitldr.py"
+    subprocess.run([sys.executable, str(script), str(shared_data / "scitldr"), str(tmp_path)], check=True)
+    splits = load_task(find_task("smoltldr"), chat=True, data=str(tmp_path))
+    assert {name: len(part) for name, part in splits.items()} == {"train": 385, "validation": 21, "held_out": 75}
+    for example in splits["train"] + splits["held_out"]:
+        (turn,) = example.prompt
+        abstract, blank, request = turn["content"].rpartition("\n\n")
+        assert request == "Summarize this paper in one sentence." and blank and 0 < len(abstract) <= 1000
+        assert example.columns["reference"] and example.demonstrations[0].strip() == example.columns["reference"]
