@@ -316,14 +316,19 @@ def next_commands(config, question: str, start: str) -> str:
     """What to try after a run of grpo.py: ask its policy, ask the one it started from beside it, another algorithm."""
     task = find_task(config.task)
     asked = [printable(question), *(["--task", task.name] if task.name != "arithmetic" else [])]
+
+    def given(*names: str) -> list[str]:
+        values = {name: getattr(config, name) for name in names}
+        usual = (None, 0, "transformer", task.rewards, task.max_new_tokens)
+        return [word for name, value in values.items() if value not in usual for word in (flag_of(name), str(value))]
+
+    how = given("shots", "chat_template", "thinking", "max_new_tokens")  # which the start does not know by itself
     again = ["--task", task.name, "--model", start, "--out", "another_run", "--algorithm", "dr_grpo"]
-    for name in ("data", "policy", "rewards", "judge_url"):
-        value = getattr(config, name)
-        if value not in (None, "transformer", task.rewards):
-            again += [flag_of(name), value]
+    again += [*given("data", "policy", "rewards", "judge_url", "eval_limit"), *how]
+    beside = [*asked, "--model", start, config.out, "--samples", "4", *how]
     return f"""Next:
-  python inference.py {shlex.join(asked)} --model {config.out}
-  python inference.py {shlex.join(asked)} --model {start} {config.out} --samples 4
+  python inference.py {shlex.join(asked)} --model {shlex.quote(config.out)}
+  python inference.py {shlex.join(beside)}
   python grpo.py {shlex.join(again)}"""
 
 

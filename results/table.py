@@ -71,6 +71,18 @@ def print_summary() -> None:
         print(summary(f"`odd_even`, {policy}", "even sums right, greedy", "even_accuracy", biased, trained))
 
 
+def smollm2() -> None:
+    """The table of SmolLM2 on arithmetic: 500 held-out problems, before and after."""
+    measures = {"accuracy": "greedy", "sampled_accuracy": "T = 1", "pass@4": "pass@4"}
+    print(f"\nsmollm2\n\n| 500 held-out problems | {' | '.join(measures.values())} | format, T = 1 | tokens, T = 1 |")
+    print("| --- |" + " --- |" * (len(measures) + 2))
+    for name in ("base", "seed0", "seed1"):
+        (result,) = json.loads((HERE / "smollm2" / f"{name}.json").read_text())["results"].values()
+        cells = [f"{result[key]:.1%} [{result[f'{key}_low']:.1%}, {result[f'{key}_high']:.1%}]" for key in measures]
+        cells += [f"{result['sampled_format']:.1%}", f"{result['sampled_length']:.1f}"]
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
 def second_step(example: Example) -> tuple[int, str, int]:
     """The second operation of a problem: (4 - 9) * 6 has (-5, "*", 6)."""
     a, first, b, second, c = re.fullmatch(r"What is \((\d) (.) (\d)\) (.) (\d)\?", example.prompt).groups()
@@ -85,6 +97,7 @@ for name in ("validation", "held_out"):
 table("main", ("base", "best", "last"))
 table("long", ("last",))
 table("shuffled", ("base", "last"))
+smollm2()
 print_summary()
 print("\nWhat the text on study B says besides its tables; differences from the baseline, paired by seed:")
 for study, baseline in (("algorithms", "grpo"), ("rewards", "shaped")):

@@ -514,13 +514,16 @@ def test_a_single_completion_is_enough_where_the_baseline_is_the_batchs(base, tm
 
 
 def test_what_to_try_next_is_safe_to_paste_and_keeps_what_the_run_needs(base, tmp_path):
-    config = settings(base, tmp_path / "run", task="smoltldr", data="my file.jsonl")
+    how = {"shots": 2, "thinking": "off", "max_new_tokens": 7}
+    config = settings(base, tmp_path / "run", task="smoltldr", data="my file.jsonl", eval_limit=3, **how)
     text = inference.next_commands(config, "What?\x1b[2J'; rm -rf x", "start")
-    first, _, last = text.splitlines()[1:]
+    first, beside, last = text.splitlines()[1:]
+    flags = ["--shots", "2", "--thinking", "off", "--max-new-tokens", "7"]
+    assert shlex.split(beside)[4:] == [*("smoltldr", "--model", "start", config.out, "--samples", "4"), *flags]
     assert shlex.split(first)[:4] == ["python", "inference.py", "What?\\x1b[2J'; rm -rf x", "--task"]
     assert shlex.split(last)[2:] == [
         *("--task", "smoltldr", "--model", "start", "--out", "another_run", "--algorithm", "dr_grpo"),
-        *("--data", "my file.jsonl", "--rewards", config.rewards),
+        *("--data", "my file.jsonl", "--rewards", config.rewards, "--eval-limit", "3", *flags),
     ]
 
 
