@@ -213,7 +213,7 @@ def samples_figure(groups: dict[int, list[tuple[float, str, str]]], width: int =
     """Return the figure of one question's group, coloured by reward: first step, last, and one half way in reward."""
     steps, rows = sorted(groups), max(map(len, groups.values()))
     means = {step: np.mean([reward for reward, _, _ in groups[step]]) for step in steps}
-    middle = min(steps, key=lambda step: abs(2 * means[step] - means[steps[0]] - means[steps[-1]]))
+    middle = min(steps[1:-1] or steps, key=lambda step: abs(2 * means[step] - means[steps[0]] - means[steps[-1]]))
     rewards = [reward for group in groups.values() for reward, _, _ in group if np.isfinite(reward)] or [0.0]
     scale = Normalize(min(rewards), max(max(rewards), min(rewards) + 1e-9))
     shown = sorted({steps[0], middle, steps[-1]})

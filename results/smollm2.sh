@@ -22,6 +22,5 @@ python inference.py --eval $asked --model "$runs/seed1" --limit 500 --report res
 for seed in 0 1; do
     mkdir -p results/smollm2/seed$seed
     cp "$runs/seed$seed/"{run.json,metrics.jsonl,samples.jsonl,evaluation.json} results/smollm2/seed$seed/
-    python plot_metrics.py results/smollm2/seed$seed
 done
 python plot_metrics.py results/smollm2/seed0 results/smollm2/seed1 --out results/smollm2

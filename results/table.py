@@ -65,10 +65,18 @@ def print_summary() -> None:
         ("`perplexity` as the only reward", "rewards/perplexity"),
     ):
         print(summary(what, right, sampled, *(evaluations(folder, which) for which in ("base", "last"))))
+    before, after = [held_out_500("base")] * 2, [held_out_500(f"seed{seed}") for seed in (0, 1)]
+    print(summary("SmolLM2-135M, 30 steps", right, sampled, before, after))
     print(summary("`dapo` (after) against `grpo`", right, sampled, grpo, evaluations("algorithms/dapo", "last")))
     for policy in ("autoencoder", "transformer"):
         biased, trained = (evaluations(f"odd_even/{policy}/{method}", "last") for method in ("biased", "grpo"))
         print(summary(f"`odd_even`, {policy}", "even sums right, greedy", "even_accuracy", biased, trained))
+
+
+def held_out_500(name: str) -> dict:
+    """SmolLM2's results on 500 held-out problems: of the base, or of a seed's policy."""
+    (result,) = json.loads((HERE / "smollm2" / f"{name}.json").read_text())["results"].values()
+    return result
 
 
 def smollm2() -> None:
@@ -77,7 +85,7 @@ def smollm2() -> None:
     print(f"\nsmollm2\n\n| 500 held-out problems | {' | '.join(measures.values())} | format, T = 1 | tokens, T = 1 |")
     print("| --- |" + " --- |" * (len(measures) + 2))
     for name in ("base", "seed0", "seed1"):
-        (result,) = json.loads((HERE / "smollm2" / f"{name}.json").read_text())["results"].values()
+        result = held_out_500(name)
         cells = [f"{result[key]:.1%} [{result[f'{key}_low']:.1%}, {result[f'{key}_high']:.1%}]" for key in measures]
         cells += [f"{result['sampled_format']:.1%}", f"{result['sampled_length']:.1f}"]
         print(f"| {name} | {' | '.join(cells)} |")
