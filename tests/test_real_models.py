@@ -306,7 +306,8 @@ def test_a_reference_in_bfloat16_is_the_policy_to_the_bit(tmp_path, kind):
     policy = load(tmp_path, CPU, "bfloat16")
     policy.end_ids = [303]
     reference = frozen(policy)
-    assert {weight.dtype for weight in reference.model.parameters()} == {torch.bfloat16, torch.float32}
+    low = set() if kind == "gpt2" else {torch.bfloat16}  # whose only linear layer is that of the output
+    assert {weight.dtype for weight in reference.model.parameters()} == {torch.float32, *low}
     rollout = policy.pack(
         [[5, 6, 7]], [torch.randint(300, (900,), generator=torch.Generator().manual_seed(0)).tolist()], [""]
     )

@@ -640,8 +640,7 @@ def look_at(command: str, folder: Path, flags: dict[str, str]) -> dict[str, obje
         patch.setattr(sys, "argv", [f"{command}.py", *words])
         patch.setattr(rewards.Judge, "score", score)
         patch.setattr(grpo, "report", lambda run: None)
-        spy(patch, Attention, "forward", lambda x, *_, **__: work.append(tuple(x.shape)))
-        spy(patch, Llama, "logits", lambda logits, *_: work.append(logits.dtype))
+        spy(patch, Attention, "forward", lambda x, *_, **__: work.append((tuple(x.shape), x.dtype)))
         try:
             COMMANDS[command][0]()
         except UserError as caught:
