@@ -175,10 +175,10 @@ class Packed:
         before = self.of_rows(self.real[0])[:, None].expand(-1, self.real[1].shape[1], -1)
         visible = torch.cat([before, torch.ones_like(before[..., :1]).expand(-1, -1, before.shape[1]).tril()], 2)
         self.mask, self.end_mask = additive(visible)[:, None], additive(self.real[0])[:, None, None]
-        length = self.real[0].shape[1]
-        after = torch.ones(1, 1, length, length, dtype=torch.bool, device=group.device).tril()
-        self.prompt_mask = additive(after) if common else None  # None: plain causal attention
-        self.texts = [Shared(1, torch.zeros_like(rows)) for rows in (first, group)]
+        self.prompt_mask, length = None, self.real[0].shape[1]  # None: plain causal attention
+        if common:
+            self.prompt_mask = additive(torch.ones(1, 1, length, length, dtype=torch.bool, device=group.device).tril())
+            self.texts = [Shared(1, torch.zeros_like(rows)) for rows in (first, group)]
         # The tokens that predict one: the last of each prompt, and those of the completions.
         tokens = torch.arange(common + sum(self.sizes), device=group.device)
         self.asking = torch.cat([common + prompts.cumsum(0) - 1, tokens[common + self.sizes[0] :]])
