@@ -38,14 +38,16 @@ def one(name: str, checkpointing: bool) -> tuple[float, float]:
     sizes, prompts, group, length, width = STEPS[name]
     policy = random_policy(LlamaConfig(*sizes))
     policy.end_ids, policy.model.checkpointing = [NEVER], checkpointing
-    settings = {"micro_batch_tokens": 8192, "inner_updates": 1, "reference": 1, "device": CPU}
+    config = GRPOConfig(max_new_tokens=width, micro_batch_tokens=8192)
+    budget = config.micro_batch_tokens
+    settings = {"micro_batch_tokens": budget, "inner_updates": 1, "reference": 1, "device": CPU}
     planned = plan(policy, prompts * group, prompts, length, width, **settings)
     peak = planned.peak - planned.parts["weights"][0]  # which the process holds already
     reference, optimizer = frozen(policy), runs.adamw(policy.model, weight_decay=0.0)
     rollout = policy.sample(random_prompts(policy.model.config, prompts, length, False), group, (0, 0, 0), width)
-    ref_logp = score_rollout(reference, rollout, 8192)
+    ref_logp = score_rollout(reference, rollout, budget)
     advantages = torch.randn(prompts, group, generator=torch.Generator().manual_seed(0))
-    update(policy, reference, optimizer, rollout, advantages, ref_logp, GRPOConfig(max_new_tokens=width))
+    update(policy, reference, optimizer, rollout, advantages, ref_logp, config)
     return peak, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
 
