@@ -14,6 +14,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+from inference import bootstrap  # noqa: E402
 from plot_metrics import read_run, samples_to, t_interval  # noqa: E402
 from tasks import OPERATIONS, Example, arithmetic  # noqa: E402
 
@@ -84,11 +85,30 @@ def smollm2() -> None:
     measures = {"accuracy": "greedy", "sampled_accuracy": "T = 1", "pass@4": "pass@4"}
     print(f"\nsmollm2\n\n| 500 held-out problems | {' | '.join(measures.values())} | format, T = 1 | tokens, T = 1 |")
     print("| --- |" + " --- |" * (len(measures) + 2))
-    for name in ("base", "seed0", "seed1"):
+    for name in ("base", "seed0", "seed1", "shuffled"):
         result = held_out_500(name)
         cells = [f"{result[key]:.1%} [{result[f'{key}_low']:.1%}, {result[f'{key}_high']:.1%}]" for key in measures]
         cells += [f"{result['sampled_format']:.1%}", f"{result['sampled_length']:.1f}"]
         print(f"| {name} | {' | '.join(cells)} |")
+
+
+def summaries() -> None:
+    """The table of SmolLM2's summaries: 75 held-out abstracts, before and after."""
+    print("\nsummaries\n\n| 75 held-out abstracts | within 25 % of 40 tokens | overlap | tokens | cut at 96 |")
+    print("| --- | --- | --- | --- | --- |")
+    for name in ("base", "summaries"):
+        lines = (HERE / "smollm2" / "summaries" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
+        for how, chosen in (("greedy", True), ("T = 1", False)):
+            some = [row for row in rows if row["greedy"] == chosen]
+            near = np.array([abs(row["length"] - 40) <= 10 for row in some]).reshape(75, -1).mean(1)
+            overlap = np.array([row["overlap"] for row in some]).reshape(75, -1).mean(1)
+            cells = [f"{value.mean():{form}}" for value, form in ((near, ".1%"), (overlap, ".3f"))]
+            spans = [[f"{end:{form}}" for end in bootstrap(x)] for x, form in ((near, ".1%"), (overlap, ".3f"))]
+            cells = [f"{cell} [{low}, {high}]" for cell, (low, high) in zip(cells, spans, strict=True)]
+            cells += [f"{statistics.fmean(row['length'] for row in some):.1f}"]
+            cells += [f"{statistics.fmean(row['truncated'] for row in some):.1%}"]
+            print(f"| {name}, {how} | {' | '.join(cells)} |")
 
 
 def second_step(example: Example) -> tuple[int, str, int]:
@@ -106,6 +126,7 @@ table("main", ("base", "best", "last"))
 table("long", ("last",))
 table("shuffled", ("base", "last"))
 smollm2()
+summaries()
 print_summary()
 print("\nWhat the text on study B says besides its tables; differences from the baseline, paired by seed:")
 for study, baseline in (("algorithms", "grpo"), ("rewards", "shaped")):
