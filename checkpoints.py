@@ -13,13 +13,14 @@ from pathlib import Path
 
 import torch
 
+import ranks
 from attention import Cache
+from commands import UserError, load_tensors, load_weights, read_json, save_weights, write_json
 from model_hub import HubModel
 from model_toy import Llama, LlamaConfig
 from policy import Policy, TokenPolicy, most_logits
 from policy_gaussian import Autoencoder, AutoencoderConfig, GaussianPolicy
 from rewards import Rewards
-from runs import UserError, load_tensors, load_weights, read_json, save_weights, write_json
 from tasks import Task, find_task, load_task
 
 TOY_WEIGHTS = 10**7  # a toy has fewer
@@ -172,6 +173,7 @@ def load_tokenizer(folder: Path, model_type: str, vocab_size: int):
             from transformers import AutoTokenizer as Loader
         tokenizer = Loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         largest = max(tokenizer.get_vocab().values())
+        tokenizer("1")  # which finds what is wrong with its settings
     except Exception as error:  # the tokenizers library raises a bare Exception for a damaged file
         raise UserError(f"{folder / 'tokenizer.json'} cannot be read ({error}); restore the file") from error
     if largest >= vocab_size:
@@ -210,10 +212,14 @@ def load(
         sources = [read_json(folder / "config.json"), read_json(generation) if generation.is_file() else {}]
         ends = [source.get("eos_token_id") for source in sources]
         ends = [i for end in ends for i in (end if isinstance(end, list) else [end]) if i is not None]
+    strange = [i for i in ends if type(i) is not int or not 0 <= i < model.config.vocab_size]
+    if strange:
+        raise UserError(f"{folder}: eos_token_id {strange[0]!r:.80} is no token of the model; restore its JSON files")
     if not {tokenizer.eos_token_id, *ends} - {None}:
         raise UserError(f"{folder / 'config.json'} names no eos_token_id, so no completion could end; add it")
     policy = TokenPolicy(model.to(device), tokenizer, temperature, ends, exploration_noise or 0.0)
     policy.dtype = choose_dtype(dtype, policy, device)
+    policy.revision = folder.name if folder.parent.name == "snapshots" else None
     set_template(policy, chat_template, thinking)
     return policy
 
@@ -283,7 +289,8 @@ def open_policy(config, task: Task, **sampling) -> Policy | None:
 def choose_device(name: str) -> torch.device:
     """`auto` takes cuda, then mps, then cpu; raises UserError for a device that is not there."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        cuda = "cuda" if ranks.WORLD == 1 else f"cuda:{ranks.LOCAL_RANK}"
+        name = cuda if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

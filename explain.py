@@ -7,9 +7,9 @@ from types import ModuleType
 
 import torch
 
+from commands import printable
 from policy import TokenPolicy, score_rollout
 from rewards import RewardFunction, Rewards, apply_reward
-from runs import printable
 from tasks import take_prompts
 
 

@@ -34,15 +34,18 @@ from typing import Literal
 
 import torch
 
+import commands
 import explain
+import ranks
 import runs
 import sft
 from checkpoints import choose_device, dry_run, introduce, is_toy, load, open_policy, save
+from commands import NotFinite, UserError, option, out_of_memory
 from inference import evaluate_run, make_scorer, measure_rollout, report, show_number
 from policy import Policy, frozen, mean_log_probs, score_rollout
 from rewards import Rewards, RewardSettings, soft_overlong
 from rollouts import Rollout, join, micro_batches
-from runs import Run, RunSettings, UserError, option, out_of_memory
+from runs import Run, RunSettings
 from tasks import TASKS, Example, Task, find_task, load_task, take_prompts
 
 
@@ -200,7 +203,7 @@ class Algorithm:
     preference_strength: float = option(2.0, "Strength s of a pairwise preference.", "algorithm")
 
     def __post_init__(self):
-        runs.check_settings(self)
+        commands.check_settings(self)
         if self.kl_estimator == "k1":
             why = "the gradient of k1 is exactly 0 in expectation, so as a loss it is noise (it is logged as kl_k1)"
             raise UserError(f"--kl-estimator: {why}; take k2, k3 or k3_unbiased")
@@ -243,23 +246,50 @@ def train_step(run: "GRPORun", step: int) -> dict[str, float]:
     run.optimizer.param_groups[0]["lr"] = config.learning_rate * min(1.0, step / max(1, config.warmup_steps))
     with out_of_memory("--batch-size, --num-generations or --max-new-tokens"):
         examples = take_prompts(run.data["train"], step, config.batch_size, config.seed)  # (1)
-        key = (config.seed, step, 0)  # names the random numbers; the last is the number of the draw
-        rollout = policy.sample(examples, config.num_generations, key, config.max_new_tokens)  # (2)
-        rewards, metrics = run.rewards(examples, rollout, run.position.reward_state)  # (3)
+        rollout = sample_groups(run, examples, (config.seed, step, 0))  # (2)
+        rewards, metrics = give_rewards(run, examples, rollout)  # (3)
         metrics |= measure_rollout(rollout, rewards, examples, run.task)
         if algorithm.max_resample:
             rollout, rewards, counts = replace_flat_groups(run, step, examples, rollout, rewards)
             metrics |= counts
     clock.append(time.perf_counter())
-    with out_of_memory("--micro-batch-tokens"):
+    with run.unbroken(), out_of_memory("--micro-batch-tokens"):
         advantages = group_advantages(rewards.to(policy.device), algorithm.advantage)  # (4)
-        ref_logp = score_rollout(run.reference, rollout, config.micro_batch_tokens) if run.reference else None  # (5)
+        own, advantages = own_groups(rollout, advantages)
+        ref_logp = score_rollout(run.reference, own, config.micro_batch_tokens) if run.reference else None  # (5)
         clock.append(time.perf_counter())
-        metrics |= update(policy, run.reference, run.optimizer, rollout, advantages, ref_logp, config)  # (6)
-    clock.append(time.perf_counter())
-    if config.ref_update_every and step % config.ref_update_every == 0:
-        run.reference.model.load_state_dict(policy.model.state_dict())
-    return metrics | rates(rollout, metrics, config, clock)
+        metrics |= update(policy, run.reference, run.optimizer, own, advantages, ref_logp, config)  # (6)
+        clock.append(time.perf_counter())
+        if config.ref_update_every and step % config.ref_update_every == 0:
+            run.reference.model.load_state_dict(policy.model.state_dict())
+        run.lower_micro_batch_tokens(metrics.pop("micro_batch_tokens"))
+        return run.record(metrics | rates(rollout, metrics, config, clock))
+
+
+def sample_groups(run: "GRPORun", examples: list[Example], key: tuple[int, int, int]) -> Rollout:
+    """A group of completions of each example; key is (seed, step, draw) and names the random numbers."""
+    start, end = ranks.share(len(examples))
+    size, width = run.config.num_generations, run.config.max_new_tokens
+
+    def sample() -> Rollout | None:
+        return run.policy.sample(examples[start:end], size, key, width, first=start) if start < end else None
+
+    parts = [part.to(run.policy.device) for part in ranks.every(sample) if part is not None]
+    return parts[0] if len(parts) == 1 else join(parts)
+
+
+def give_rewards(run: "GRPORun", examples: list[Example], rollout: Rollout) -> tuple[torch.Tensor, dict[str, float]]:
+    """Rewards (P, G) and what was measured on the way: by one rank, which sees all rows in one order."""
+    return ranks.first(run.rewards, examples, rollout, run.position.reward_state)
+
+
+def own_groups(rollout: Rollout, advantages: torch.Tensor) -> tuple[Rollout, torch.Tensor]:
+    """What this rank scores and learns from: its share of the groups, all of them where it is alone."""
+    start, end = ranks.share(len(advantages))
+    if end - start == len(advantages):
+        return rollout, advantages
+    rows = ((rollout.group >= start) & (rollout.group < end)).nonzero()[:, 0]
+    return rollout.select(rows), advantages[start:end]
 
 
 def replace_flat_groups(run: "GRPORun", step: int, examples: list[Example], rollout: Rollout, rewards: torch.Tensor):
@@ -276,9 +306,8 @@ def replace_flat_groups(run: "GRPORun", step: int, examples: list[Example], roll
             fresh = take_prompts(run.data["train"], step, config.batch_size, config.seed, draw)
             examples = sorted(fresh, key=lambda example: id(example) in used)[:missing]  # new ones first
             used |= set(map(id, examples))
-            key = (config.seed, step, draw)
-            rollout = run.policy.sample(examples, config.num_generations, key, config.max_new_tokens)
-            rewards, _ = run.rewards(examples, rollout, run.position.reward_state)
+            rollout = sample_groups(run, examples, (config.seed, step, draw))
+            rewards, _ = give_rewards(run, examples, rollout)
         counts.update(samples=rewards.numel(), tokens=int(rollout.mask.sum()))
         keep = ~is_flat(rewards) | (draw == last_draw)
         if keep.any():
@@ -298,42 +327,72 @@ def update(
     """Take the inner updates on a rollout, given advantages (P, G) and ref_logp (B, T); returns the metrics.
 
     Each inner update is one optimizer step over all rows, in as many micro-batches as memory asks for; `descend` takes
-    it and clears the gradient.
+    it and clears the gradient. With several ranks the rows are this one's, denominators and gradients those of all.
     """
-    algorithm, order = config.resolved_algorithm, advantages
-    batches = [
-        (rows, rollout.select(rows)) for rows in micro_batches(rollout, config.micro_batch_tokens, policy.layout)
-    ]
-    denominator = loss_denominator(rollout.mask, algorithm.aggregate, config.max_new_tokens)
-    old_logps, losses, norms = [], [], []
-    sums, peaks = Counter(), {"ratio_max": 0.0, "sampler_gap": 0.0}
-    for inner in range(config.num_inner_updates):
+    algorithm, order, budget = config.resolved_algorithm, advantages, config.micro_batch_tokens
+    rows = loss_denominator(rollout.mask, algorithm.aggregate, config.max_new_tokens)
+    denominator = ranks.total({"rows": rows})["rows"]
+    start, losses, norms, all_sums, all_peaks = None, [], [], Counter(), {}
+    for _ in range(config.num_inner_updates):
         if algorithm.advantage == "pairwise":  # which follows the policy as it is now
-            mean_logp = mean_log_probs(policy, rollout, config.micro_batch_tokens).view_as(order)
-            advantages = pairwise_advantages(order, mean_logp, algorithm.preference_strength)
-        losses.append(0.0)
-        for i, (rows, part) in enumerate(batches):
-            logp, entropy = policy.log_probs(part)
-            if inner == 0:  # the scorer's own values, so the ratio starts at exactly 1
-                old_logps.append(logp.detach())
-            ref = None if ref_logp is None else ref_logp[rows, : part.mask.shape[1]]
-            advantage = advantages.flatten()[rows]  # row p * G + g
-            loss, stats = policy_loss(logp, old_logps[i], advantage, part.mask, algorithm, ref, denominator)
-            loss.backward()
-            losses[-1] += loss.item()
-            stats |= {"entropy": entropy.sum(), "sampler_gap": (part.sampler_logp - old_logps[i]).abs().max()}
-            exact_kl = policy.exact_kl(reference, part) if reference else None
-            if exact_kl is not None:  # of a Gaussian policy
-                stats["kl"] = exact_kl.sum()
-            for name in peaks:
-                peaks[name] = max(peaks[name], stats.pop(name).item())
-            for name, value in stats.items():
-                sums[name] += value.item()
-        norms.append(runs.descend(optimizer, losses[-1], config.clip_grad_norm))
-    tokens = sums.pop("tokens")
-    means = {name: value / tokens for name, value in sums.items()}
-    means |= {"loss": statistics.fmean(losses), "grad_norm": statistics.fmean(norms)}
-    return means | peaks | {"learning_rate": optimizer.param_groups[0]["lr"]}
+            advantages = pairwise_of_all(policy, rollout, order, config)
+        given = (policy, reference, rollout, advantages, ref_logp, start, algorithm, denominator)
+        (start, sums, peaks, bad), budget = runs.within_memory(backward, given, budget, optimizer)
+        ranks.add_gradients(list(policy.model.parameters()))
+        sums, peaks = ranks.total(sums), ranks.largest(peaks)
+        losses.append(sums.pop("loss"))
+        if not math.isfinite(losses[-1]):
+            raise NotFinite(f"the loss is {losses[-1]}", sum(ranks.gather(bad), []))
+        norms.append(runs.descend(optimizer, config.clip_grad_norm))
+        all_sums.update(sums)
+        all_peaks = {name: max(value, all_peaks.get(name, 0.0)) for name, value in peaks.items()}
+    tokens = all_sums.pop("tokens")
+    means = {name: value / tokens for name, value in all_sums.items()}
+    means |= {"loss": statistics.fmean(losses), "grad_norm": statistics.fmean(norms), "micro_batch_tokens": budget}
+    return means | all_peaks | {"learning_rate": optimizer.param_groups[0]["lr"]}
+
+
+def backward(
+    policy: Policy, reference: Policy | None, rollout: Rollout, advantages: torch.Tensor, ref_logp: torch.Tensor | None,
+    start_logp: torch.Tensor | None, algorithm: Algorithm, denominator: float, token_budget: int,
+) -> tuple[torch.Tensor, dict[str, float], dict[str, float], list[dict]]:  # fmt: skip
+    """Add up the gradient of the loss over a rollout, in micro-batches of at most `token_budget` tokens.
+
+    Returns the log-probabilities (B, T) that the ratios start from, sums, largest values, and the rows whose loss is
+    not finite. Without `start_logp` they are the policy's own, so that the ratio is exactly 1.
+    """
+    old_logp, sums, peaks, bad = start_logp, Counter(), {"ratio_max": 0.0, "sampler_gap": 0.0}, []
+    for rows in micro_batches(rollout, token_budget, policy.layout):
+        part = rollout.select(rows)
+        width = part.mask.shape[1]
+        logp, entropy = policy.log_probs(part)
+        if old_logp is None:
+            old_logp = logp.new_zeros(rollout.mask.shape)
+        if start_logp is None:
+            old_logp[rows, :width] = logp.detach()
+        old, ref = old_logp[rows, :width], None if ref_logp is None else ref_logp[rows, :width]
+        advantage = advantages.flatten()[rows]  # row p * G + g
+        loss, stats = policy_loss(logp, old, advantage, part.mask, algorithm, ref, denominator)
+        loss.backward()
+        stats |= {"loss": loss, "entropy": entropy.sum(), "sampler_gap": (part.sampler_logp - old).abs().max()}
+        exact_kl = policy.exact_kl(reference, part) if reference else None
+        if exact_kl is not None:  # of a Gaussian policy
+            stats["kl"] = exact_kl.sum()
+        for name in peaks:
+            peaks[name] = max(peaks[name], stats.pop(name).item())
+        for name, value in stats.items():
+            sums[name] += value.item()
+        if not loss.isfinite():
+            bad += [{"completion": text} for text in part.texts]
+    return old_logp, sums, peaks, bad
+
+
+def pairwise_of_all(policy: Policy, rollout: Rollout, order: torch.Tensor, config: "GRPOConfig") -> torch.Tensor:
+    """This rank's rows of what `pairwise_advantages` gives for the groups (P, G) of all ranks."""
+    mean_logp = mean_log_probs(policy, rollout, config.micro_batch_tokens).view_as(order)
+    everywhere = [torch.cat([x.to(order.device) for x in ranks.gather(part)]) for part in (order, mean_logp)]
+    strength, (start, end) = config.resolved_algorithm.preference_strength, ranks.share(len(everywhere[0]))
+    return pairwise_advantages(*everywhere, strength)[start:end]
 
 
 def rates(rollout: Rollout, metrics: dict, config: "GRPOConfig", clock: list[float]) -> dict[str, float]:
@@ -405,7 +464,7 @@ def train(config: "GRPOConfig") -> GRPORun:
         if run.position.best_step is None:  # nothing measured yet
             run.log(0, validate(run, 0))
         for step in run.steps():
-            metrics = train_step(run, step)  # (1) to (6)
+            metrics = run.attempt(train_step, step)  # (1) to (6)
             if run.is_due(step, run.config.eval_every):
                 metrics |= validate(run, step)  # keeps the best checkpoint
             run.log(step, metrics)  # metrics.jsonl, progress bar, warnings, states to resume from
@@ -422,7 +481,7 @@ def validate(run: GRPORun, step: int) -> dict[str, float]:
     result = evaluate_run(run, run.policy, "validation", samples=2, seed=config.seed)
     score = result.get(f"sampled_{name}", -math.inf)
     if run.note_score(step, score):
-        save(run.policy, run.out)
+        run.keep_best(lambda: save(run.policy, run.out))
     greedy, sampled = show_number(name, result.get(name, -math.inf)), show_number(name, score)
     run.say(f"step {step}: validation {name} {greedy} greedy, {sampled} sampled")
     show_group(run, step)
@@ -434,22 +493,27 @@ def show_group(run: GRPORun, step: int) -> None:
 
     The question and the random numbers are those of every other step: what differs is the policy.
     """
+    if not ranks.FIRST:
+        return
     config, examples = run.config, run.data["validation"][:1]
     key, width = (config.seed, 0, 0), config.max_new_tokens
     rollout = run.policy.sample(examples, config.num_generations, key, width, explore=False)
-    rewards, _ = run.rewards(examples, rollout, copy.deepcopy(run.position.reward_state))  # to look changes nothing
+    try:
+        rewards, _ = run.rewards(examples, rollout, copy.deepcopy(run.position.reward_state))  # to look changes nothing
+    except NotFinite as error:  # as in a step, of which this is none
+        return run.say(f"warning: no samples are shown: {error}", file=sys.stderr)
     group = []
     for text, reward in zip(rollout.texts, rewards[0].tolist(), strict=True):
         group.append({"step": step, "question": examples[0].question, "completion": text, "reward": reward})
-    runs.append_json(run.out / "samples.jsonl", *group)
-    run.say(f"  {runs.printable(examples[0].question)} The best and the worst of {len(group)}:")
+    commands.append_json(run.out / "samples.jsonl", *group)
+    run.say(f"  {commands.printable(examples[0].question)} The best and the worst of {len(group)}:")
     for choose in (max, min):
         row = choose(group, key=lambda row: row["reward"])
-        run.say(f"  {row['reward']:4.1f}  {runs.printable(row['completion'])}")
+        run.say(f"  {row['reward']:4.1f}  {commands.printable(row['completion'])}")
 
 
 @dataclass(frozen=True)
-class GRPOConfig(runs.optional_fields(Algorithm, "Default: the algorithm's."), RewardSettings, RunSettings):
+class GRPOConfig(commands.optional_fields(Algorithm, "Default: the algorithm's."), RewardSettings, RunSettings):
     """Settings of grpo.py."""
 
     task: Literal[*TASKS] = option("arithmetic", "Task to train on.", "model and data")
@@ -491,7 +555,12 @@ class GRPOConfig(runs.optional_fields(Algorithm, "Default: the algorithm's."), R
             raise UserError(f"--exploration-noise is {self.exploration_noise}, a share; it must be below 1")
         for name, needed in row.idle.items():
             if getattr(self, name) is not None:
-                raise UserError(f"{runs.flag_of(name)} does nothing without {needed}; leave it out, or give both")
+                raise UserError(f"{commands.flag_of(name)} does nothing without {needed}; leave it out, or give both")
+
+    @property
+    def sampling(self) -> dict[str, float | None]:
+        """How the policy samples, as `load` takes it."""
+        return {"temperature": self.temperature, "exploration_noise": self.exploration_noise or None}
 
     @property
     def resolved_algorithm(self) -> Algorithm:
@@ -502,55 +571,73 @@ class GRPOConfig(runs.optional_fields(Algorithm, "Default: the algorithm's."), R
 
 
 def prepare(config: GRPOConfig) -> GRPORun:
-    """Check the settings, make or load the base policy, and open the run folder, or restore it with --resume."""
-    task, out, device = find_task(config.task), Path(config.out), choose_device(config.device)
-    noise = {"transformer": 0.0, "autoencoder": 0.5}[config.policy]
-    config = dataclasses.replace(
-        config,
-        rewards=config.rewards or task.rewards,
-        max_new_tokens=config.max_new_tokens or task.max_new_tokens,
-        exploration_noise=noise if config.exploration_noise is None else config.exploration_noise,
-    )
-    algorithm, rewards = config.resolved_algorithm, Rewards.from_settings(config)
-    if algorithm.overlong_buffer:
-        rewards.mix["overlong-penalty"] = (soft_overlong(config.max_new_tokens, algorithm.overlong_buffer), 1.0)
-    sampling = {"temperature": config.temperature, "exploration_noise": config.exploration_noise or None}
-    policy = open_policy(config, task, **sampling)
-    config = dataclasses.replace(config, learning_rate=config.learning_rate or (1e-4 if is_toy(policy) else 5e-6))
-    chat, sizes = policy is not None and policy.chat, (config.limit, config.shots, config.eval_limit)
-    data = load_task(task, chat, *sizes, data=config.data)
-    rewards.check_columns(config.task, data["train"][0].columns)
-    data = policy.fitting(data, config.max_new_tokens) if policy else data
-    if policy is None and not (config.resume or config.overwrite) and (out / "base").exists():
-        raise UserError(f"--out: {str(out / 'base')!r} exists; start from it with --model, or give --overwrite")
-    if config.trace and policy is None and not config.resume:
-        raise UserError(f"--trace needs a --model, such as the base policy of a run: --model {out / 'base'}")
+    """Check everything, open the run folder, make the base policy if there is none, or restore all with --resume."""
+    task, out = find_task(config.task), Path(config.out)
+    config, policy, data, rewards, pins = checked(config, task)
+    algorithm = config.resolved_algorithm
     if not config.trace:
-        runs.start_run(config, algorithm=dataclasses.asdict(algorithm))
+        runs.start_run(config, algorithm=dataclasses.asdict(algorithm), revision=getattr(policy, "revision", None))
     if policy is None and not config.resume:
         print(f"no --model: first a toy base policy, fine-tuned into {out / 'base'}, about two minutes on two cores")
     completions = f"{config.batch_size} x {config.num_generations} completions"
     print(f"{config.steps} steps on {config.task}, each of {completions} (a second or less for a toy), into {out}")
     print(f"{config.algorithm}: {algorithm}")
     if policy is None:
-        policy = load(sft.toy(config), device, config.dtype, **sampling)
+        policy = load(sft.toy(config), choose_device(config.device), config.dtype, **config.sampling)
         data = policy.fitting(data, config.max_new_tokens)
     introduce(policy, config, data["train"][0].prompt)
     policy.model.checkpointing = config.gradient_checkpointing
     reference = frozen(policy) if algorithm.beta > 0 else None
-    start = reference if reference and not config.ref_update_every else policy
-    if rewards.needs_scorer:
+    if rewards.needs_scorer and not config.scorer:
+        start = reference if reference and not config.ref_update_every else policy
         rewards.take_scorer(make_scorer(config, start))
     run = GRPORun(
         config=config, policy=policy, optimizer=runs.adamw(policy.model, weight_decay=0.0), last_step=config.steps,
         task=task, data=data, rewards=rewards, reference=reference,
     )  # fmt: skip
     if config.resume or not config.trace:  # whose --out may hold another run
+        runs.pin(config, **pins | {"model": runs.digest_of(policy.model)})
         run.restore()
     if run.position.best_step is None and not config.trace:
         before = evaluate_run(run, policy, "held_out", samples=4)
-        runs.write_json(out / "evaluation.json", {"base": {"step": 0, **before}})
+        run.write("evaluation.json", {"base": {"step": 0, **before}})
     return run
+
+
+def checked(config: GRPOConfig, task: Task) -> tuple[GRPOConfig, Policy | None, dict, Rewards, dict[str, str]]:
+    """Settings in full, the --model, problems by split, rewards, and digests of what they were made of.
+
+    What is wrong is found here, before any file is touched.
+    """
+    device, noise = choose_device(config.device), {"transformer": 0.0, "autoencoder": 0.5}[config.policy]
+    config = dataclasses.replace(
+        config,
+        rewards=config.rewards or task.rewards,
+        max_new_tokens=config.max_new_tokens or task.max_new_tokens,
+        exploration_noise=noise if config.exploration_noise is None else config.exploration_noise,
+    )
+    if config.batch_size < ranks.WORLD:
+        raise UserError(f"--batch-size is {config.batch_size}; {ranks.WORLD} processes need as many prompts at least")
+    algorithm, rewards = config.resolved_algorithm, Rewards.from_settings(config)
+    if algorithm.overlong_buffer:
+        rewards.mix["overlong-penalty"] = (soft_overlong(config.max_new_tokens, algorithm.overlong_buffer), 1.0)
+    policy = open_policy(config, task, **config.sampling)
+    config = dataclasses.replace(config, learning_rate=config.learning_rate or (1e-4 if is_toy(policy) else 5e-6))
+    chat, sizes = policy is not None and policy.chat, (config.limit, config.shots, config.eval_limit)
+    data = load_task(task, chat, *sizes, data=config.data)
+    rewards.check_columns(config.task, data["train"][0].columns)
+    data = policy.fitting(data, config.max_new_tokens) if policy else data
+    pins = {"data": runs.digest_of(data=data)}
+    if config.scorer:
+        scorer = load(config.scorer, device, config.dtype)
+        pins["scorer"] = runs.digest_of(scorer.model)
+        rewards.take_scorer(make_scorer(config, scorer))
+    base = Path(config.out) / "base"
+    if policy is None and not (config.resume or config.overwrite) and base.exists():
+        raise UserError(f"--out: {str(base)!r} exists; start from it with --model, or give --overwrite")
+    if config.trace and policy is None and not config.resume:
+        raise UserError(f"--trace needs a --model, such as the base policy of a run: --model {base}")
+    return config, policy, data, rewards, pins
 
 
 EXAMPLES = """the commonest:
@@ -571,4 +658,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    runs.run_main(main, resumable=True)
+    commands.run_main(main, resumable=True)

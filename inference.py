@@ -19,11 +19,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import ranks
 from checkpoints import choose_device, find_checkpoint, is_toy, load
-from policy import Policy, TokenPolicy, frozen, mean_log_probs
-from rewards import answer_format, apply_reward, extract_answer, text_of
-from rollouts import Rollout
-from runs import (
+from commands import (
     UserError,
     append_json,
     check_settings,
@@ -36,6 +34,9 @@ from runs import (
     run_main,
     write_json,
 )
+from policy import Policy, TokenPolicy, frozen, mean_log_probs
+from rewards import answer_format, apply_reward, extract_answer, text_of
+from rollouts import Rollout
 from tasks import TASKS, Example, Task, find_task, load_task, pose, worked_examples
 
 
@@ -100,13 +101,17 @@ def measure_completions(
     policy: Policy, task: Task, examples: list[Example], max_new_tokens: int, seed: int, batch_rows: int,
     group_size: int, greedy: bool,
 ) -> dict[str, list]:  # fmt: skip
-    """Sample each problem without exploration: texts (under "completion") and every measure, a value a completion."""
+    """Sample each problem without exploration: texts (under "completion") and every measure, a value a completion.
+
+    The problems are shared out among the ranks, of which each gets all that was measured.
+    """
     table: dict[str, list] = {name: [] for name in ("completion", *task.metrics, "length", "truncated")}
     size = max(1, batch_rows // group_size)
     how = "greedy" if greedy else f"{group_size} samples"
-    starts = range(0, len(examples), size)
-    for start in tqdm(starts, f"{len(examples)} problems, {how}", leave=False, delay=5, unit="batch"):
-        part = examples[start : start + size]
+    begin, end = ranks.share(len(examples))
+    bar = {"leave": False, "delay": 5, "unit": "batch", "disable": not ranks.FIRST}
+    for start in tqdm(range(begin, end, size), f"{len(examples)} problems, {how}", **bar):
+        part = examples[start : min(end, start + size)]
         rollout = policy.sample(part, group_size, (seed, 0, 0), max_new_tokens, greedy, start, explore=False)
         rows = [example for example in part for _ in range(group_size)]
         table["completion"] += rollout.texts
@@ -114,7 +119,8 @@ def measure_completions(
             table[name] += apply_reward(name, function, rows, rollout)
         table["length"] += rollout.mask.sum(1).tolist()
         table["truncated"] += rollout.truncated.tolist()
-    return table
+    tables = ranks.gather(table)
+    return {name: [value for part in tables for value in part[name]] for name in table}
 
 
 def summarize(task: Task, table: dict[str, list], group_size: int) -> tuple[dict[str, float], np.ndarray]:
@@ -160,13 +166,13 @@ def records(examples: list[Example], table: dict[str, list], greedy: bool) -> li
     return [question | measures for question, measures in zip(asked, measured, strict=True)]
 
 
-def make_scorer(config, start: Policy) -> Callable[..., list[float]]:
+def make_scorer(config, policy: Policy) -> Callable[..., list[float]]:
     """What rewards know as `scorer`: mean log-probability per token of completions under a policy that does not learn.
 
-    That is --scorer, or without one a frozen copy of `start`. The latter scores the sampled ids as they are; another
-    model's tokenizer reads the text again, and what exceeds its context is cut off. Raises UserError.
+    That is the one of --scorer, or without it a frozen copy of the policy at the start. The latter scores the sampled
+    ids as they are; another model's tokenizer reads the text again, and what exceeds its context is cut off. Raises
+    UserError.
     """
-    policy = load(config.scorer, start.device, config.dtype) if config.scorer else start
     if not isinstance(policy, TokenPolicy):
         raise UserError("--rewards perplexity needs a language model as its scorer; an autoencoder is none")
     learns = not config.scorer and next(policy.model.parameters()).requires_grad
@@ -336,7 +342,7 @@ def evaluate_run(run, policy: Policy, split: str, samples: int, seed: int = 0) -
     """Evaluate a policy on a split of a run of grpo.py, as many rows at once as a step samples; raises UserError."""
     config, count = run.config, len(run.data[split])
     rows = config.batch_size * config.num_generations
-    if not is_toy(policy):
+    if not is_toy(policy) and ranks.FIRST:
         what = f"{count} {split.replace('_', '-')} problems, one greedy completion and {samples} samples of each"
         tqdm.write(f"evaluating: {what}, at most {config.max_new_tokens} tokens long (--eval-limit)", file=sys.stderr)
     with out_of_memory("--batch-size, --num-generations or --max-new-tokens"):
@@ -355,6 +361,8 @@ def report(run) -> None:
         policy = load(out, run.policy.device, config.dtype, config.temperature, config.exploration_noise)
         best = {"step": position.best_step, **evaluate_run(run, policy, "held_out", samples=4)}
     results |= {"best": best, "last": last}
+    if not ranks.FIRST:
+        return
     write_json(out / "evaluation.json", results)
     print(f"\n{len(run.data['held_out'])} held-out problems, before and after (95 % intervals):")
     print(results_table({f"{name} (step {result['step']})": result for name, result in results.items()}))

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from attention import Packed
+from commands import NotFinite, UserError, printable
 from model_toy import Llama, prepacked
 from policy_gaussian import GaussianPolicy
 from rollouts import Rollout, micro_batches, row_uniforms
-from runs import UserError, printable
 from tasks import Example
 
 
@@ -83,6 +83,7 @@ class TokenPolicy:
     drop_below = 0.9  # compact the batch once fewer rows than this are still decoding
     chunk_logits: int | None = None  # most logits at once while scoring; None: a 64th of the memory, in float32
     dtype = torch.float32  # of the matrix products
+    revision: str | None = None  # of a model of the hub
     thinking: bool | None = None  # whether a chat template that can asks for it; None: as the template does
 
     def __init__(self, model: Llama, tokenizer, temperature=1.0, end_ids: Sequence[int] = (), exploration_noise=0.0):
@@ -203,7 +204,7 @@ class TokenPolicy:
 
         Each prompt is prefilled once, what all begin with once for all, and its cache shared by its group. Greedy takes
         the likeliest token, whatever the temperature. There is no exploration noise if greedy, nor without `explore`.
-        Raises FloatingPointError if the model's log-probabilities are not finite.
+        Raises NotFinite if the model's log-probabilities are not finite.
         """
         encoded = self.encode([example.prompt for example in examples])
         longest, room = max(map(len, encoded)), self.model.max_length
@@ -224,7 +225,7 @@ class TokenPolicy:
             cache.share(group, max_new_tokens - 1, key_mask)
             decoded = actor.decode(hidden[group], cache, lengths, uniforms, choose, noise)
         if not decoded[2].isfinite().all():
-            raise FloatingPointError("the model's log-probabilities are not finite")
+            raise NotFinite("the model's log-probabilities are not finite")
         width = int(decoded[1].sum(1).max())
         actions, mask, logp = (x[:, :width].contiguous() for x in decoded)
         last = actions.gather(1, mask.sum(1, keepdim=True) - 1)[:, 0]

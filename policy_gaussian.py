@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from commands import NotFinite, UserError, printable
 from rewards import to_number
 from rollouts import Rollout, row_uniforms
-from runs import UserError, printable
 from tasks import Example
 
 
@@ -158,7 +158,7 @@ class GaussianPolicy:
         rollout = self.rollout(pairs, group_size, actions, [f"{value:.4f}" for value in actions[:, 0].tolist()])
         rollout.sampler_logp = self.log_probs(rollout)[0]
         if not rollout.sampler_logp.isfinite().all():
-            raise FloatingPointError("the model's log-probabilities are not finite")
+            raise NotFinite("the model's log-probabilities are not finite")
         return rollout
 
     def log_probs(self, rollout: Rollout, entropy: bool = True) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,6 +15,7 @@ import numbers
 import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
 import threading
@@ -27,7 +28,7 @@ from typing import Literal
 
 import torch
 
-from runs import UserError, flag_of, option
+from commands import NotFinite, UserError, flag_of, option
 
 RewardFunction = Callable[..., list[float | None]]
 
@@ -444,6 +445,9 @@ class RewardSettings:
         None, "The judge's URL, as in http://localhost:8000/v1; its key is JUDGE_API_KEY.", "rewards", may_change=True
     )
     judge_model: str = option("default", "Name of the judge's model, as the endpoint knows it.", "rewards")
+    reward_timeout: float = option(
+        1800.0, "Most seconds of a reward function for one batch.", "rewards", above_zero=True, may_change=True
+    )
     judge_scale: Literal[1, 2] = option(1, "The judge's best score; 2 leaves room for right in part.", "rewards")
 
 
@@ -461,6 +465,7 @@ class Rewards:
 
     mix: dict[str, tuple[RewardFunction, float]]  # name: function, weight
     inputs: dict = field(default_factory=dict)
+    seconds: float = 1800.0  # for one function and one batch
 
     @classmethod
     def from_settings(cls, settings: RewardSettings) -> "Rewards":
@@ -481,7 +486,7 @@ class Rewards:
                 raise UserError(f"--rewards judge needs {needed}; give one, or other --rewards, as in overlap=1")
             key = os.environ.get("JUDGE_API_KEY", "")
             inputs["endpoint"] = Judge(url, settings.judge_model, settings.judge_scale, key)
-        return cls(mix, inputs)
+        return cls(mix, inputs, settings.reward_timeout)
 
     @property
     def needs_scorer(self) -> bool:
@@ -511,7 +516,8 @@ class Rewards:
         # In float64 until the end: rounding must not tell rewards apart that are equal, or a flat group comes alive.
         total, metrics = torch.zeros(len(examples), len(rows) // len(examples), dtype=torch.float64), {}
         for name, (function, weight) in self.mix.items():
-            values = apply_reward(name, function, rows, rollout, **self.inputs, state=state)
+            with time_limit(self.seconds, name):
+                values = apply_reward(name, function, rows, rollout, **self.inputs, state=state)
             values = [math.nan if value is None else value for value in values]
             values = torch.tensor(values, dtype=torch.float64).view_as(total)
             metrics[f"missing/{name}"] = values.isnan().double().mean().item()
@@ -535,7 +541,8 @@ class Rewards:
         """
         total: list[float | None] = [0.0] * len(given["completions"])
         for function, weight in self.mix.values():
-            values = function(**accepted(function, given | self.inputs | {"state": {}}))
+            with time_limit(self.seconds, "function"):
+                values = function(**accepted(function, given | self.inputs | {"state": {}}))
             pairs = zip(total, values, strict=True)
             total = [None if value is None or part is None else part + weight * value for part, value in pairs]
         return total
@@ -552,7 +559,8 @@ def accepted(function: Callable, given: dict) -> dict:
 def apply_reward(name: str, function: RewardFunction, examples, rollout, **extra) -> list[float | None]:
     """Call a reward on the B completions of a rollout, whose row i answers examples[i]; raises UserError.
 
-    NaN, infinity, anything that is not a number or None, and a wrong number of values are errors, never a score.
+    Anything that is not a number or None, and a wrong number of values are errors, never a score; NaN and infinity
+    raise NotFinite.
     """
     prompts = [example.prompt for example in examples]
     completions = [
@@ -565,16 +573,51 @@ def apply_reward(name: str, function: RewardFunction, examples, rollout, **extra
         values = function(**accepted(function, columns | given | extra))
     except UserError:
         raise
-    except Exception as error:
-        raise UserError(f"reward {name} failed: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        row = first_failure(function, columns | given, extra)
+        where = "" if row is None else f" for row {row}, {given['completions'][row]!r:.200}"
+        raise UserError(f"reward {name} failed{where}: {type(error).__name__}: {error}") from error
     count = len(values) if isinstance(values, (list, tuple)) else type(values).__name__
     if count != len(prompts):
         raise UserError(f"reward {name} returned {count} for {len(prompts)} completions; return a list of that length")
     for row, value in enumerate(values):
-        number = isinstance(value, numbers.Real) and abs(value) < 2.0**127  # the total is summed in float32
+        number = isinstance(value, numbers.Real) and not abs(value) >= 2.0**127  # the total is summed in float32
+        if number and value != value or value in (math.inf, -math.inf):
+            asked = {"question": examples[row].question, "completion": rollout.texts[row]}
+            raise NotFinite(f"reward {name} is {value} for row {row}", [asked])
         if value is not None and not number:
             raise UserError(f"reward {name} returned {value!r} for row {row}; return finite numbers or None")
     return [None if value is None else float(value) for value in values]
+
+
+def first_failure(function: RewardFunction, columns: dict[str, list], extra: dict) -> int | None:
+    """The first row that the function fails for when it is asked for that row alone, or None."""
+    for row in range(len(columns["completions"])):
+        alone = {name: [values[row]] for name, values in columns.items()}
+        try:
+            function(**accepted(function, alone | extra | {"state": {}}))
+        except (Exception, SystemExit):
+            return row
+    return None
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float, name: str):
+    """Raise UserError where a reward takes longer; only in the main thread, and where the system has an alarm."""
+    able = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
+
+    def late(number, frame):
+        raise UserError(f"reward {name} took more than {seconds:g} s for one batch; raise --reward-timeout, or mend it")
+
+    before = signal.signal(signal.SIGALRM, late) if able else None
+    try:
+        if able:
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+        yield
+    finally:
+        if able:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
 
 
 def parse_rewards(text: str) -> dict[str, tuple[RewardFunction, float]]:

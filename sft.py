@@ -9,6 +9,7 @@ change it.
 
 import dataclasses
 import itertools
+import math
 import re
 import time
 from collections.abc import Iterator
@@ -19,31 +20,36 @@ from typing import Literal
 import numpy as np
 import torch
 
+import commands
+import ranks
 import runs
 from checkpoints import choose_device, introduce, is_toy, open_policy, save
+from commands import NotFinite, UserError, option, out_of_memory
 from inference import evaluate, results_table
 from model_toy import Llama, LlamaConfig, character_tokenizer
 from policy import Policy, TokenPolicy
 from policy_gaussian import Autoencoder, AutoencoderConfig, GaussianPolicy
 from rollouts import Rollout, micro_batches
-from runs import Run, RunSettings, UserError, option, out_of_memory
+from runs import Run, RunSettings
 from tasks import TASKS, find_task, load_task
 
 
-def cross_entropy(policy: Policy, rollout: Rollout, copies: torch.Tensor, token_budget: int, learn: bool) -> float:
+def cross_entropy(
+    policy: Policy, rollout: Rollout, copies: torch.Tensor, token_budget: int, learn: bool = True
+) -> float:
     """The mean of -log pi over completion tokens, in nats, as if each row were there `copies` (B,) times.
 
     With `learn` its gradient is accumulated.
     """
-    tokens, total = (rollout.mask.sum(1) * copies).sum(), 0.0
+    tokens, loss_sum = ranks.total({"tokens": int((rollout.mask.sum(1) * copies).sum())})["tokens"], 0.0
     with torch.set_grad_enabled(learn):
         for rows in micro_batches(rollout, token_budget, policy.layout):
             logp, _ = policy.log_probs(rollout.select(rows), entropy=False)
             loss = -(logp.sum(1) * copies[rows]).sum() / tokens
             if learn:
                 loss.backward()
-            total += loss.item()
-    return total
+            loss_sum += loss.item()
+    return ranks.total({"loss": loss_sum})["loss"]
 
 
 def learning_rate_at(config: "SFTConfig", step: int, steps: int) -> float:
@@ -78,20 +84,35 @@ def train_step(run: SFTRun, step: int) -> dict[str, float]:
     """One optimizer step on the next batch; returns what was measured."""
     config, start, (rollout, copies) = run.config, time.perf_counter(), run.demonstrations
     chosen = torch.isin(rollout.group, torch.from_numpy(next(run.prompts)).to(rollout.group.device))
-    rows = chosen.nonzero()[:, 0]
+    rows = own_rows(chosen.nonzero()[:, 0])
     batch, copies = rollout.select(rows), copies[rows]
     rate = run.optimizer.param_groups[0]["lr"] = learning_rate_at(config, step, run.last_step)
-    with out_of_memory("--micro-batch-tokens"):
-        loss = cross_entropy(run.policy, batch, copies, config.micro_batch_tokens, learn=True)
-    norm = runs.descend(run.optimizer, loss, config.clip_grad_norm)
-    speed = int((batch.mask.sum(1) * copies).sum()) / (time.perf_counter() - start)
-    return {"loss": loss, "grad_norm": norm, "tokens_per_second": speed, "learning_rate": rate}
+    with run.unbroken(), out_of_memory("--micro-batch-tokens"):
+        given = (run.policy, batch, copies)
+        loss, budget = runs.within_memory(cross_entropy, given, config.micro_batch_tokens, run.optimizer)
+        run.lower_micro_batch_tokens(budget)
+        ranks.add_gradients(list(run.policy.model.parameters()))
+        if not math.isfinite(loss):
+            raise NotFinite(f"the loss is {loss}", [{"completion": text} for text in batch.texts])
+        norm = runs.descend(run.optimizer, config.clip_grad_norm)
+        tokens = ranks.total({"tokens": int((batch.mask.sum(1) * copies).sum())})["tokens"]
+        speed = tokens / (time.perf_counter() - start)
+        return run.record({"loss": loss, "grad_norm": norm, "tokens_per_second": speed, "learning_rate": rate})
+
+
+def own_rows(rows: torch.Tensor) -> torch.Tensor:
+    """This rank's share of some rows."""
+    start, end = ranks.share(len(rows))
+    return rows[start:end]
 
 
 def validate(run: SFTRun, step: int) -> dict[str, float]:
     """The loss on the validation demonstrations, by which --patience counts."""
+    rollout, copies = run.validation
+    rows = own_rows(torch.arange(len(copies), device=copies.device))
+    part = (rollout.select(rows), copies[rows])
     with out_of_memory("--micro-batch-tokens"):
-        loss = cross_entropy(run.policy, *run.validation, run.config.micro_batch_tokens, learn=False)
+        loss = cross_entropy(run.policy, *part, run.config.micro_batch_tokens, learn=False)
     run.note_score(step, -loss)
     run.say(f"step {step}: validation loss {loss:.4f} nats per token")
     return {"validation_loss": loss}
@@ -102,11 +123,11 @@ def train(config: "SFTConfig") -> Policy:
     run = prepare(config)
     with run:
         for step in run.steps():
-            metrics = train_step(run, step)
+            metrics = run.attempt(train_step, step)
             if run.is_due(step, run.config.eval_every):
                 metrics |= validate(run, step)
             run.log(step, metrics)
-    save(run.policy, run.out)
+    ranks.first(save, run.policy, run.out)
     return run.policy
 
 
@@ -167,7 +188,10 @@ def prepare(config: SFTConfig) -> SFTRun:
     if None in demonstrations.values():
         raise UserError(f"--task {task.name} has no demonstrations that fit the model; take other --data or a --model")
     count = len(demonstrations["train"][0].prompts)
+    if count < ranks.WORLD or config.batch_size < ranks.WORLD:
+        raise UserError(f"--batch-size is {config.batch_size}; {ranks.WORLD} processes need as many prompts at least")
     runs.start_run(config)
+    runs.pin(config, model=runs.digest_of(policy.model), data=runs.digest_of(data=data))
     steps = max(1, round(config.epochs * count / config.batch_size))
     run = SFTRun(
         config=config, policy=policy, optimizer=runs.adamw(policy.model, config.weight_decay), last_step=steps,
@@ -202,10 +226,11 @@ def main() -> None:
     held_out = policy.fitting({"held_out": data["held_out"]}, width)["held_out"]
     with out_of_memory("--batch-size"):
         result = evaluate(policy, task, held_out, width, samples=4, batch_rows=config.batch_size)
-    runs.write_json(Path(config.out) / "evaluation.json", {"last": result})
+    if ranks.FIRST:
+        commands.write_json(Path(config.out) / "evaluation.json", {"last": result})
     print(results_table({config.out: result}))
     print(f"Next: python grpo.py --task {config.task} --model {config.out} --policy {config.policy}")
 
 
 if __name__ == "__main__":
-    runs.run_main(main, resumable=True)
+    commands.run_main(main, resumable=True)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from commands import UserError
 from rewards import (
     RewardFunction,
     accepted,
@@ -33,7 +34,6 @@ from rewards import (
     text_of,
     to_integer,
 )
-from runs import UserError
 
 OPERATIONS = {"+": lambda x, y: x + y, "-": lambda x, y: x - y, "*": lambda x, y: x * y}
 

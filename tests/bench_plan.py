@@ -18,6 +18,7 @@ import torch
 from bench_main import describe, load_before, machine, table
 from bench_sampler import NEVER, random_policy, random_prompts
 
+import commands
 import runs
 from checkpoints import plan
 from grpo import GRPOConfig, update
@@ -34,7 +35,7 @@ STEPS = {  # sizes, prompts, group, tokens of a prompt, tokens of a completion
 
 def one(name: str, checkpointing: bool) -> tuple[float, float]:
     """Bytes that were planned and measured for one step in this process."""
-    runs.keep_memory()
+    commands.keep_memory()
     sizes, prompts, group, length, width = STEPS[name]
     policy = random_policy(LlamaConfig(*sizes))
     policy.end_ids, policy.model.checkpointing = [NEVER], checkpointing

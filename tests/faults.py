@@ -108,13 +108,13 @@ FAULTS = [
     Fault(
         "old log-probabilities taken again at each inner update: the ratio is always 1",
         "meta-pytorch/torchforge#571",
-        "grpo.py", "if inner == 0:  # the scorer's own values, so the ratio starts at exactly 1\n                old_logps.append(logp.detach())", "if True:\n                old_logps.insert(i, logp.detach())",
+        "grpo.py", "        if start_logp is None:\n            old_logp[", "        if True:\n            old_logp[",
         "grpo::test_ratio_is_one_at_first_and_moves_with_inner_updates",
     ),
     Fault(
         "a detach missing at the ratio: the old log-probabilities carry gradient, and that of the ratio is 0",
         "huggingface/trl#224",
-        "grpo.py", "old_logps.append(logp.detach())", "old_logps.append(logp)",
+        "grpo.py", "old_logp[rows, :width] = logp.detach()", "old_logp[rows, :width] = logp",
         "grpo::test_update_equals_an_independent_one_by_transformers",
     ),
     Fault(
@@ -254,7 +254,7 @@ FAULTS = [
     Fault(
         "gradients of the last inner update not cleared",
         "huggingface/trl#583",
-        "runs.py", "    optimizer.zero_grad()\n", "",
+        "runs.py", "    optimizer.step()\n    optimizer.zero_grad()\n", "    optimizer.step()\n",
         "oracle_golden::test_ten_updates_are_the_committed_ones",
     ),
     Fault(

@@ -14,7 +14,9 @@ def update_on(
     """Advantages of rewards (P, G), the reference's log-probabilities, and the inner updates; returns the metrics."""
     advantages = group_advantages(rewards.to(policy.device), config.resolved_algorithm.advantage)
     ref_logp = score_rollout(reference, rollout, config.micro_batch_tokens) if reference else None
-    return update(policy, reference, optimizer, rollout, advantages, ref_logp, config)
+    metrics = update(policy, reference, optimizer, rollout, advantages, ref_logp, config)
+    assert metrics.pop("micro_batch_tokens") == config.micro_batch_tokens
+    return metrics
 
 
 def rewards_of(mix: dict, examples: list, rollout: Rollout, **inputs) -> tuple[torch.Tensor, dict[str, float]]:

@@ -9,13 +9,13 @@ import torch
 from test_real_models import byte_tokenizer, command, write_checkpoint
 
 import checkpoints
+import commands
 import grpo
 import inference
-import runs
 import sft
 from checkpoints import introduce, load
+from commands import UserError
 from inference import as_trained
-from runs import UserError
 from tasks import Example, find_task, load_task, pose, worked_examples
 
 CPU = torch.device("cpu")
@@ -211,6 +211,6 @@ def test_mistakes_are_one_line(chat, tmp_path, monkeypatch, capsys, words, parts
     given = ["--task", "arithmetic", "--model", chat, "--device", "cpu", "--out", tmp_path / "run"]
     monkeypatch.setattr(sys, "argv", ["grpo.py", *map(str, [*given, *words])])
     with pytest.raises(SystemExit) as caught:
-        runs.run_main(grpo.main)
+        commands.run_main(grpo.main)
     error = capsys.readouterr().err
     assert caught.value.code == 2 and all(part in error for part in parts) and not (tmp_path / "run").exists()

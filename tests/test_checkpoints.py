@@ -8,12 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoints import choose_device, load, save
+from commands import UserError
 from model_toy import character_tokenizer
 from policy import TokenPolicy
 from rollouts import Rollout
-from runs import (
-    UserError,
-)
 from tasks import Example
 
 CPU = torch.device("cpu")

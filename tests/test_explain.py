@@ -10,10 +10,10 @@ from test_real_models import command
 import grpo
 import sft
 from checkpoints import load, save
+from commands import UserError
 from grpo import GRPOConfig, group_advantages, policy_loss
 from policy import score_rollout
 from rewards import Rewards
-from runs import UserError
 from tasks import find_task, load_task, take_prompts
 
 CPU = torch.device("cpu")

@@ -21,16 +21,17 @@ from steps import rewards_of, update_on
 from transformers import AutoModelForCausalLM
 
 import checkpoints
+import commands
 import grpo
 import inference
 import rewards
 import runs
 import tasks
+from commands import UserError
 from grpo import ALGORITHMS, GRPOConfig, group_advantages
 from model_toy import Llama, LlamaConfig, character_tokenizer
 from policy import TokenPolicy
 from rollouts import Rollout
-from runs import UserError
 from tasks import Example, take_prompts
 
 ROOT = Path(grpo.__file__).parent
@@ -52,20 +53,18 @@ def base(tmp_path_factory) -> Path:
     return folder
 
 
+def small_arithmetic() -> tasks.Task:
+    """The arithmetic task with few problems."""
+    task, sizes = tasks.TASKS["arithmetic"], {"train": 40, "validation": 8, "held_out": 8}
+    return dataclasses.replace(
+        task, load=lambda **given: {name: task.load(**given)[name][:size] for name, size in sizes.items()}
+    )
+
+
 @pytest.fixture
 def small_task(monkeypatch):
-    """The arithmetic task with few problems to evaluate on, and a reward that even a random policy gets."""
-    task = tasks.TASKS["arithmetic"]
-
-    def load(**settings):
-        splits = task.load(**settings)
-        return {
-            "train": splits["train"][:40],
-            "validation": splits["validation"][:8],
-            "held_out": splits["held_out"][:8],
-        }
-
-    monkeypatch.setitem(tasks.TASKS, "arithmetic", dataclasses.replace(task, load=load))
+    """Few problems to evaluate on, and a reward that even a random policy gets."""
+    monkeypatch.setitem(tasks.TASKS, "arithmetic", small_arithmetic())
 
 
 def settings(base: Path, out: Path, **more) -> GRPOConfig:
@@ -268,7 +267,7 @@ def test_run_folder_holds_what_the_design_lists(base, tmp_path, small_task):
     assert not [path for path in (tmp_path / "run").rglob("*") if path.suffix in (".pt", ".bin", ".pkl")]
     stored = json.loads((tmp_path / "run" / "run.json").read_text())
     assert stored["settings"]["steps"] == 4 and stored["algorithm"]["beta"] == 0.04
-    assert sorted(path.name for path in (tmp_path / "run" / "resume").iterdir()) == ["000002", "000004", "latest"]
+    assert sorted(path.name for path in (tmp_path / "run" / "resume").iterdir()) == ["000002", "000004"]
     results = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert list(results) == ["base", "best", "last"]
 
@@ -480,7 +479,7 @@ def test_mistakes_are_one_line_and_status_2(arguments, words, tmp_path, monkeypa
     monkeypatch.setattr(runs.signal, "signal", lambda *_: None)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
-        runs.run_main(grpo.main, resumable=True)
+        commands.run_main(grpo.main, resumable=True)
     errors = capsys.readouterr().err
     assert stopped.value.code == 2 and errors.count("\n") == 1, errors
     assert all(word in errors for word in ("error", *words)), errors
@@ -576,9 +575,7 @@ def test_the_base_is_never_the_victim(base, tmp_path, small_task):
 def finished(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        task = tasks.TASKS["arithmetic"]
-        few = {name: part[:4] for name, part in task.load().items()}
-        patch.setitem(tasks.TASKS, "arithmetic", dataclasses.replace(task, load=lambda **_: few))
+        patch.setitem(tasks.TASKS, "arithmetic", small_arithmetic())
         grpo.train(settings(base, folder))
     return folder
 
@@ -586,23 +583,33 @@ def finished(base, tmp_path_factory):
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("resume/latest", "../../elsewhere/resume/000002"),
-        ("resume/latest", b"\xff\xfe"),
-        ("resume/latest", "000099"),
         ("resume/000004/position.json", "{}"),
         ("resume/000004/position.json", '{"step": "a"}'),
         ("resume/000004/position.json", '{"strange": 1}'),
         ("resume/000004/position.json", "[1"),
         ("resume/000004/weights.safetensors", b"garbage"),
         ("resume/000004/optimizer.safetensors", b"\x02\0\0\0\0\0\0\0{}"),  # whole, but empty
-        ("metrics.jsonl", '{"step": 0}\nnonsense\n'),
-        ("samples.jsonl", b"\xff\xfe\n"),
     ],
 )
-def test_damaged_state_is_one_line_and_changes_nothing(finished, base, tmp_path, small_task, name, content):
+def test_a_damaged_state_gives_way_to_the_one_before(finished, base, tmp_path, small_task, name, content, capsys):
     out = tmp_path / "run"
     shutil.copytree(finished, out)
     content = content if isinstance(content, bytes) else content.encode()
+    (out / name).write_bytes(content)
+    grpo.train(settings(base, out, resume=True))
+    assert "damaged: " in capsys.readouterr().err
+    again, whole = (load_file(folder / "resume" / "000004" / "weights.safetensors") for folder in (out, finished))
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+    old, new = ((folder / "metrics.jsonl").read_text().splitlines() for folder in (finished, out))
+    assert [json.loads(line)["step"] for line in new] == [json.loads(line)["step"] for line in old]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("metrics.jsonl", b'{"step": 0}\nnonsense\n'), ("samples.jsonl", b"\xff\xfe\n")]
+)
+def test_a_damaged_log_is_one_line_and_changes_nothing(finished, base, tmp_path, small_task, name, content):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
     (out / name).write_bytes(content)
     best, metrics = (out / "model.safetensors").read_bytes(), (out / "metrics.jsonl").read_bytes()
     with pytest.raises(UserError, match="--resume"):
@@ -615,7 +622,8 @@ def test_a_run_made_before_a_setting_was_there_can_be_continued(finished, tmp_pa
     stored = json.loads((tmp_path / "old" / "run.json").read_text())
     del stored["settings"]["exploration_noise"], stored["settings"]["max_resample"]
     (tmp_path / "old" / "run.json").write_text(json.dumps(stored))
-    monkeypatch.setattr(sys, "argv", ["grpo.py", "--out", str(tmp_path / "old"), "--resume"])
+    rewards = stored["settings"]["rewards"]
+    monkeypatch.setattr(sys, "argv", ["grpo.py", "--out", str(tmp_path / "old"), "--resume", "--rewards", rewards])
     config = runs.parse_settings(GRPOConfig, "", "")
     assert config.exploration_noise is None and config.max_resample is None
 
@@ -638,6 +646,10 @@ def test_a_renamed_run_resumes_where_it_is_now(finished, tmp_path, monkeypatch):
     shutil.copytree(finished, tmp_path / "saved_model")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["grpo.py", "--resume"])
+    with pytest.raises(UserError, match="would run a file that only it names; if you trust it, add --rewards "):
+        runs.parse_settings(GRPOConfig, "", "")
+    stored = json.loads((finished / "run.json").read_text())["settings"]
+    monkeypatch.setattr(sys, "argv", ["grpo.py", "--resume", "--rewards", stored["rewards"]])
     assert runs.parse_settings(GRPOConfig, "", "").out == "saved_model"
 
 
@@ -655,9 +667,9 @@ def test_interrupt_between_save_and_loop_still_saves(base, tmp_path, small_task,
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(grpo.GRPORun, "reason_to_stop", kill)
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(KeyboardInterrupt) as stopped:
         grpo.train(settings(base, tmp_path / "run", save_every=100))
-    assert stopped.value.code == 130 and (tmp_path / "run" / "resume" / "latest").read_text() == "000000"
+    assert stopped.value.args == (2, "saved after step 0") and (tmp_path / "run" / "resume" / "000000").exists()
 
 
 @pytest.mark.parametrize(("fails", "flag"), [("sample", "--num-generations"), ("log_probs", "--micro-batch-tokens")])
@@ -677,7 +689,8 @@ def test_resume_refuses_to_become_another_run(base, tmp_path, small_task, monkey
     grpo.train(config)
 
     def parsed(*arguments):
-        monkeypatch.setattr(sys, "argv", ["grpo.py", "--out", config.out, "--resume", *arguments])
+        given = ["--out", config.out, "--resume", "--rewards", config.rewards, *arguments]
+        monkeypatch.setattr(sys, "argv", ["grpo.py", *given])
         return runs.parse_settings(GRPOConfig, "", "")
 
     with pytest.raises(UserError, match="--batch-size 3"):

@@ -14,12 +14,10 @@ import torch
 import inference
 import runs
 from checkpoints import save
+from commands import run_main
 from inference import InferenceConfig, bootstrap, evaluate, results_table, show_answer, wilson
 from policy import TokenPolicy
 from rollouts import Rollout
-from runs import (
-    run_main,
-)
 from tasks import Example, find_task
 
 SCRIPT = Path(inference.__file__)

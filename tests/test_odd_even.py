@@ -16,10 +16,10 @@ import grpo
 import inference
 import runs
 import sft
+from commands import UserError
 from grpo import GRPOConfig
 from policy_gaussian import Autoencoder, AutoencoderConfig, GaussianPolicy
 from rewards import closeness, distance, even_adaptive, even_answer, even_bonus, nearest_exact, to_number
-from runs import UserError
 from sft import SFTConfig
 from tasks import Example, find_task, odd_even
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from commands import UserError
 from policy import TokenPolicy, inverse_cdf, log_distribution
 from rollouts import Rollout, micro_batches, row_uniforms
-from runs import UserError
 from tasks import Example
 
 # Prompts of 10, 3, 8 and 10 tokens.

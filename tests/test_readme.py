@@ -88,7 +88,8 @@ def test_flags_that_are_named_exist():
         for name in programs
     )
     there += (ROOT / "tests" / "faults.py").read_text(encoding="utf-8")  # which reads --table without a parser
-    there += subprocess.run([sys.executable, "-m", "pip", "install", "--help"], capture_output=True, text=True).stdout
+    for module in (["pip", "install"], ["torch.distributed.run"]):
+        there += subprocess.run([sys.executable, "-m", *module, "--help"], capture_output=True, text=True).stdout
     for flag in sorted(set(re.findall(r"--[a-z][a-z-]+", "".join(TEXTS.values())))):
         assert flag in there or flag.replace("-", "_").replace("__", "--", 1) in there, flag
 
@@ -247,25 +248,28 @@ def block_with(text: str) -> str:
 
 
 def test_the_task_of_the_readme(monkeypatch):
-    """As written: the function, the item of TASKS, and the test that must follow, in at most 25 lines without it."""
+    """As written: the function and the item of TASKS, in at most 25 lines, and the test that such a task needs."""
     import tasks
 
-    function, item, test = map(block_with, ("def backwards", 'name="backwards"', "def test_backwards"))
+    function, item = map(block_with, ("def backwards", 'name="backwards"'))
     assert len((function + item).splitlines()) <= 25
     names = dict(vars(tasks))
     exec(function, names)
     monkeypatch.setitem(tasks.TASKS, "backwards", eval(item, names))
-    exec(test, names)
-    names["test_backwards"]()
+    splits = tasks.find_task("backwards").load()
+    assert {name: len(part) for name, part in splits.items()} == {"validation": 100, "train": 800, "held_out": 100}
+    examples = [example for part in splits.values() for example in part]
+    assert len({example.prompt for example in examples}) == 1000  # no problem stands in two splits
+    assert all(example.columns["answer"] == example.prompt.split()[2][::-1] for example in examples)
 
 
 def test_the_reward_of_the_readme():
-    function, test = block_with("def steps_right("), block_with("def test_steps_right")
+    function = block_with("def steps_right(")
     assert len(function.splitlines()) <= 25
     names: dict = {}
     exec(function, names)
-    exec(test, names)
-    names["test_steps_right"]()
+    texts = ["4-9=-5;-5*6=-31<answer>-31</answer>", "7", "1" * 10_000 + "=2"]
+    assert names["steps_right"](None, texts) == [0.5, None, None]
 
 
 def main() -> None:

@@ -15,16 +15,17 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import checkpoints
+import commands
 import grpo
 import inference
 import rewards
 import runs
 import sft
 from checkpoints import HubModel, load
+from commands import UserError
 from model_toy import Llama
 from policy import frozen
 from rollouts import micro_batches
-from runs import UserError
 from tasks import Example, find_task
 
 CPU = torch.device("cpu")
@@ -374,7 +375,7 @@ def command(monkeypatch, module, *words) -> None:
     monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, words)])
     monkeypatch.setattr(runs.signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit) as stopped:
-        runs.run_main(module.main)
+        commands.run_main(module.main)
     assert not stopped.value.code
 
 
@@ -427,7 +428,8 @@ def follow_recipe(task, shared_data, tmp_path, monkeypatch, capsys, kind: str, c
     small = ["--batch-size", 2, "--num-generations", 2, "--max-new-tokens", 12, "--eval-every", 2, "--save-every", 1]
     small += ["--learning-rate", 1e-5]
     command(monkeypatch, grpo, *data, "--model", fine_tuned, "--out", run, *small, "--steps", 2, *flags)
-    command(monkeypatch, grpo, "--out", run, "--resume", "--steps", 3)
+    judge = flags[:2] if "--judge-url" in flags else []  # whose address must be given again
+    command(monkeypatch, grpo, "--out", run, "--resume", "--steps", 3, *judge)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
     assert lines[1]["sampler_gap"] < (0.2 if "bfloat16" in flags else 1e-4) and lines[1]["ratio_max"] == 1

@@ -28,13 +28,13 @@ import runs
 import sft
 import tasks
 from checkpoints import save
+from commands import UserError
 from grpo import GRPOConfig
 from inference import InferenceConfig, evaluate
 from model_toy import Attention, Llama, LlamaConfig, character_tokenizer
 from policy import TokenPolicy
 from policy_gaussian import Autoencoder, AutoencoderConfig, GaussianPolicy
 from rollouts import Rollout, join
-from runs import UserError
 from sft import SFTConfig
 from tasks import Example, find_task, load_task
 
@@ -553,7 +553,9 @@ EFFECTS = {
         "work": "gradient_checkpointing micro_batch_tokens=50",
         "asked": "judge_url=http://two/v1 judge_model=two judge_scale=2",
         "files": "out=elsewhere save_every=1 dry_run trace",
-        "error": "device=abacus policy=autoencoder resume overwrite chat_template=absent thinking=on",
+        "error": "device=abacus policy=autoencoder resume overwrite chat_template=absent thinking=on max_bad_steps=1 "
+        "reward_timeout=0.001",
+        "mode": "deterministic",
     },
     "sft": {
         "weights": "model=other seed=1 learning_rate=0.02 warmup_steps=2 weight_decay=0.5 clip_grad_norm=0.001 "
@@ -562,7 +564,8 @@ EFFECTS = {
         "work": "gradient_checkpointing micro_batch_tokens=50",
         "table": "task=odd_even",
         "files": "out=elsewhere save_every=1",
-        "error": "device=abacus policy=autoencoder resume overwrite chat_template=absent thinking=on",
+        "error": "device=abacus policy=autoencoder resume overwrite chat_template=absent thinking=on max_bad_steps=1",
+        "mode": "deterministic",
     },
     "inference": {
         "text": "model=other samples=2 temperature=2 max_new_tokens=3 seed=1 eval task=odd_even data=file.json limit=3 "
@@ -578,9 +581,11 @@ NEEDS = {
     "ideal_length": "rewards=char_length=1",
     "scorer": "rewards=perplexity=1 scorer=base",
     "patience": "learning_rate=1e-12 eval_every=1",
+    "reward_timeout": "rewards=odd.py:slow=1",
     **dict.fromkeys(("judge_url", "judge_model", "judge_scale"), "rewards=judge=1 judge_url=http://one/v1"),
     **dict.fromkeys(("resume", "overwrite"), "begun"),
 }
+BAD = {"grpo": "rewards=odd.py:bad=1", "sft": "model=broken epochs=9"}  # what makes steps not finite
 NEEDS_OF_INFERENCE = dict.fromkeys(("task", "data", "limit", "batch_size", "report", "outputs"), "eval")
 CASES = [
     (command, changed, setting)
@@ -597,6 +602,12 @@ def models(random_policy, answering, tmp_path_factory) -> Path:
     save(random_policy(end="05", num_hidden_layers=1), folder / "base")
     save(random_policy(seed=1, num_hidden_layers=1), folder / "other")
     save(answering(20), folder / "twenty")
+    broken = random_policy(num_hidden_layers=1)
+    broken.model.model.norm.weight.data.fill_(torch.nan)
+    save(broken, folder / "broken")
+    bodies = {"slow": "import time\n    time.sleep(0.1)\n    return [0.5]", "bad": "return [float('nan')]"}
+    lines = [f"def {name}(completions, **_):\n    {body} * len(completions)\n" for name, body in bodies.items()]
+    (folder / "odd.py").write_text("".join(lines))
     shutil.copytree(folder / "base", folder / "large", ignore=lambda *_: ["model.safetensors"])
     values = json.loads((folder / "base" / "config.json").read_text())
     sizes = {"hidden_size": 2**13, "intermediate_size": 2**15, "num_hidden_layers": 64, "head_dim": 2**11}
@@ -630,7 +641,7 @@ def look_at(command: str, folder: Path, flags: dict[str, str]) -> dict[str, obje
     words = ["What is 1?"] * (command == "inference" and "eval" not in flags)
     for name, value in flags.items():
         words += [f"--{name.replace('_', '-')}", *filter(None, [value])]
-    work, asked, error = [], [], None
+    work, asked, error, mode = [], [], None, set()
 
     async def score(judge, session, turns, question, answer):
         asked.append((judge.url, judge.model, judge.scale))
@@ -641,10 +652,12 @@ def look_at(command: str, folder: Path, flags: dict[str, str]) -> dict[str, obje
         patch.setattr(rewards.Judge, "score", score)
         patch.setattr(grpo, "report", lambda run: None)
         spy(patch, Attention, "forward", lambda x, *_, **__: work.append((tuple(x.shape), x.dtype)))
+        spy(patch, Attention, "forward", lambda *_, **__: mode.add(torch.are_deterministic_algorithms_enabled()))
         try:
             COMMANDS[command][0]()
         except UserError as caught:
             error = str(caught)
+    torch.use_deterministic_algorithms(False)
     files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
     found = {name.removeprefix("run/"): path.read_bytes() for name, path in files.items() if name.startswith("run/")}
     last = max((name.rpartition("/")[0] for name in found if name.startswith("resume/0")), default="")
@@ -658,6 +671,7 @@ def look_at(command: str, folder: Path, flags: dict[str, str]) -> dict[str, obje
         "error": error,
         "text": printed.getvalue(),
         "work": work,
+        "mode": mode,
         "asked": set(asked),
     }
 
@@ -671,7 +685,7 @@ def test_every_setting_is_among_those_below(command):
 @pytest.mark.parametrize(("command", "changed", "setting"), CASES)
 def test_a_setting_has_an_effect(outcome, command, changed, setting):
     needs = NEEDS_OF_INFERENCE if command == "inference" else NEEDS
-    given = needs.get(setting.partition("=")[0], "")
+    given = BAD[command] if setting == "max_bad_steps=1" else needs.get(setting.partition("=")[0], "")
     before, after = outcome(command, given), outcome(command, given, setting)
     assert before[changed] != after[changed]
     assert changed == "error" or before["error"] is after["error"] is None

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import rewards
+from commands import NotFinite, UserError
 from rewards import (
     answer_exact,
     answer_format,
@@ -31,7 +32,6 @@ from rewards import (
     think_format,
     token_length,
 )
-from runs import UserError
 from tasks import Example
 
 # (completion, answer_format, answer_near, answer_exact), the right answer being 5
@@ -172,9 +172,6 @@ def fails(**_):
 @pytest.mark.parametrize(
     ("function", "parts"),
     [
-        (lambda **_: [0.0, float("nan")], ["row 1", "nan"]),
-        (lambda **_: [float("inf"), 0.0], ["row 0", "inf"]),
-        (lambda **_: [0.0, float("-inf")], ["row 1", "-inf"]),
         (lambda **_: [0.0, "1.0"], ["row 1", "'1.0'"]),
         (lambda **_: [0.0, [1.0]], ["row 1", "[1.0]"]),
         (lambda **_: [0.0, 1j], ["row 1", "1j"]),
@@ -195,6 +192,39 @@ def test_a_bad_reward_is_an_error_that_names_function_and_row(function, parts):
         call(function)
     for part in ["reward mine", *parts]:
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, np.float32("nan")])
+def test_a_reward_that_is_not_finite_is_no_score_and_no_mistake_of_the_command(value):
+    """The step is skipped, and the row is kept."""
+    with pytest.raises(NotFinite, match=f"reward mine is {value} for row 1") as caught:
+        call(lambda **_: [0.0, value])
+    assert caught.value.rows == [{"question": "", "completion": "b"}]
+
+
+def only_for_b(prompts, completions, **_):
+    if "b" in completions:
+        raise ValueError("no b")
+    return [0.0] * len(prompts)
+
+
+@pytest.mark.parametrize("leave", [only_for_b, lambda completions, **_: sys.exit(7) if "b" in completions else [0.0]])
+def test_a_reward_that_fails_or_leaves_is_named_with_the_row_that_it_fails_for(leave):
+    with pytest.raises(UserError, match="reward mine failed for row 1, 'b': "):
+        call(leave, state={})
+
+
+def test_a_reward_that_never_returns_is_stopped_and_named():
+    def forever(**_):
+        while True:
+            pass
+
+    examples = [Example("p", {"answer": "0"})]
+    rollout = SimpleNamespace(texts=["a", "b"], completion_ids=[[1], [2]])
+    mix, before = rewards.Rewards({"mine": (forever, 1.0)}, {}, seconds=0.2), signal.getsignal(signal.SIGALRM)
+    with pytest.raises(UserError, match="reward mine took more than 0.2 s .*--reward-timeout"):
+        mix(examples, rollout, {})
+    assert signal.getsignal(signal.SIGALRM) == before and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
 def test_parse_rewards():

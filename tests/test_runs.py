@@ -13,21 +13,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import commands
 import runs
+import states
+from commands import NotFinite, UserError, atomic_write, out_of_memory, printable, run_main
 from grpo import GRPOConfig
 from policy import TokenPolicy
-from runs import (
-    Position,
-    UserError,
-    atomic_write,
-    load_state,
-    out_of_memory,
-    printable,
-    run_main,
-    save_state,
-    start_run,
-)
+from runs import start_run
 from sft import SFTConfig
+from states import Position, load_state, save_state
 
 ROOT = Path(runs.__file__).parent
 
@@ -133,9 +127,8 @@ def test_a_run_continues_from_its_saved_state_bit_by_bit(interrupted, random_pol
 
 def test_only_the_newest_two_states_stay(interrupted):
     out, _ = interrupted
-    assert sorted(path.name for path in (out / "resume").iterdir()) == ["000002", "000010", "latest"]
-    assert (out / "resume" / "latest").read_text() == "000010"
-    files = [path.name for path in (out / "resume").rglob("*") if path.is_file() and path.name != "latest"]
+    assert sorted(path.name for path in (out / "resume").iterdir()) == ["000002", "000010"]
+    files = [path.name for path in (out / "resume").rglob("*") if path.is_file()]
     assert all(name.endswith((".json", ".safetensors")) for name in files)  # no pickle
 
 
@@ -161,61 +154,79 @@ def test_the_best_checkpoint_is_that_of_the_saved_step(interrupted, random_polic
 
 
 def test_a_half_written_state_is_ignored_and_replaced(interrupted, random_policy):
-    """The run died while it wrote the state of step 12, or between the folder's rename and the pointer's."""
+    """The run died while it wrote the state of step 12."""
     out, kept = interrupted
     (out / "resume" / ".partial").mkdir()
     (out / "resume" / ".partial" / "weights.safetensors").write_bytes(b"half")
-    (out / "resume" / "000012").mkdir()
     policy, optimizer = with_optimizer(random_policy(seed=9))
     assert load_state(out, {"weights": policy.model}, optimizer).step == 10
     assert same(weights_of(policy), kept[10])
     save_state(out, at(12), {"weights": policy.model}, optimizer)
-    assert sorted(path.name for path in (out / "resume").iterdir()) == ["000010", "000012", "latest"]
+    assert sorted(path.name for path in (out / "resume").iterdir()) == ["000010", "000012"]
     assert load_state(out, {"weights": policy.model}, optimizer) == at(12)
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.safetensors", "position.json"])
 @pytest.mark.parametrize("edit", [cut, lambda name: lambda folder: (folder / name).unlink()], ids=["cut", "missing"])
-def test_a_damaged_state_is_an_error_that_names_the_file(interrupted, random_policy, name, edit):
-    out, _ = interrupted
+def test_a_damaged_state_is_named_and_the_one_before_it_taken(interrupted, random_policy, name, edit, capsys):
+    out, kept = interrupted
     edit(name)(out / "resume" / "000010")
+    policy, optimizer = with_optimizer(random_policy(seed=9))
+    assert load_state(out, {"weights": policy.model}, optimizer) == at(2) and same(weights_of(policy), kept[2])
+    err = capsys.readouterr().err
+    assert err.startswith(f"damaged: {out / 'resume' / '000010'} (") and err.endswith(
+        f"going on from {out}/resume/000002\n"
+    )
+    assert [path.name for path in (out / "resume").iterdir()] == ["000002"]  # so that step 10 can be saved again
+    assert (out / "model.safetensors").read_bytes() == b"best at 2"
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 3  # steps 0 to 2
+    for number in range(3, 11):
+        step(policy, optimizer, number)
+    assert same(weights_of(policy), kept[10])
+
+
+def test_without_a_whole_state_nothing_is_touched(interrupted, random_policy):
+    out, _ = interrupted
+    for folder in ("000002", "000010"):
+        cut("weights.safetensors")(out / "resume" / folder)
     before = (out / "metrics.jsonl").read_bytes()
-    with pytest.raises(UserError, match=f"--resume: .*000010/{name}.*--overwrite"):
+    with pytest.raises(UserError, match="--resume: no state in .* is whole: .*000010 .*000002 .*--overwrite"):
         load_state(out, *model_and_optimizer(random_policy))
-    assert (out / "metrics.jsonl").read_bytes() == before
+    assert (out / "metrics.jsonl").read_bytes() == before and len(list((out / "resume").iterdir())) == 2
+
+
+@pytest.mark.parametrize("text", ["{}", '{"step": "10"}', '{"step": 10, "luck": 1}', "[" * 100_000, "null"])
+def test_a_position_of_another_form_is_damage_even_if_its_checksum_is_right(interrupted, random_policy, text):
+    out, _ = interrupted
+    folder = out / "resume" / "000010"
+    (folder / "position.json").write_text(text)
+    (folder / "checksums.json").write_text(json.dumps(states.checksums(folder)))
+    assert load_state(out, *model_and_optimizer(random_policy)).step == 2
 
 
 @pytest.mark.parametrize(
-    ("file", "text"),
-    [
-        ("resume/latest", ""),
-        ("resume/latest", "../../elsewhere"),
-        ("resume/latest", "000011"),
-        ("resume/000010/position.json", "{}"),
-        ("resume/000010/position.json", '{"step": "10"}'),
-        ("resume/000010/position.json", '{"step": 10, "luck": 1}'),
-        ("metrics.jsonl", '{"step": 1}\nno json\n'),
-        ("samples.jsonl", '{"reward": 1}\n'),
-    ],
+    ("file", "text"), [("metrics.jsonl", '{"step": 1}\nno json\n'), ("samples.jsonl", '{"reward": 1}\n')]
 )
-def test_a_state_with_odd_content_is_refused(interrupted, random_policy, file, text):
+def test_a_damaged_log_is_refused(interrupted, random_policy, file, text):
     out, _ = interrupted
     (out / file).write_text(text)
-    with pytest.raises(UserError, match="--resume: .* damaged .*--overwrite"):
+    with pytest.raises(UserError, match=f"--resume: .*{file} is damaged .*--overwrite"):
         load_state(out, *model_and_optimizer(random_policy))
 
 
-def test_the_good_state_stays_until_the_new_one_of_its_step_is_whole(interrupted, random_policy, monkeypatch):
-    """The same step is saved again, as after Ctrl-C, and the run dies while it writes."""
+def test_a_failing_save_leaves_the_good_states_and_no_half_one(interrupted, random_policy, monkeypatch):
     out, kept = interrupted
     models, optimizer = model_and_optimizer(random_policy)
 
-    def full(*_, **__):
+    def full(path, tensors):
+        path.write_bytes(b"half")
         raise OSError("no space left")
 
-    monkeypatch.setattr(runs, "save_file", full)
+    monkeypatch.setattr(states, "save_tensors", full)
     with pytest.raises(OSError, match="no space left"):
-        save_state(out, at(10), models, optimizer)
+        save_state(out, at(12), models, optimizer)
+    assert sorted(path.name for path in (out / "resume").iterdir()) == ["000002", "000010"]
+    save_state(out, at(10), models, optimizer)  # is there, and stays
     policy, optimizer = with_optimizer(random_policy(seed=9))
     assert load_state(out, {"weights": policy.model}, optimizer) == at(10) and same(weights_of(policy), kept[10])
 
@@ -224,12 +235,11 @@ def test_the_newest_states_are_those_of_the_largest_numbers(interrupted, random_
     out, _ = interrupted
     for number in (999_999, 1_000_000, 1_000_001):
         save_state(out, at(number), *model_and_optimizer(random_policy))
-    assert sorted(path.name for path in (out / "resume").iterdir()) == ["1000000", "1000001", "latest"]
+    assert sorted(path.name for path in (out / "resume").iterdir()) == ["1000000", "1000001"]
 
 
-def test_a_run_without_a_saved_state_says_so(tmp_path, random_policy):
-    with pytest.raises(UserError, match="--resume: .*latest.*--overwrite"):
-        load_state(tmp_path, *model_and_optimizer(random_policy))
+def test_a_run_without_a_saved_state_begins_again(tmp_path, random_policy):
+    assert load_state(tmp_path, *model_and_optimizer(random_policy)) is None
 
 
 def test_the_state_is_saved_where_there_are_no_hard_links(tmp_path, random_policy, monkeypatch):
@@ -278,8 +288,9 @@ def test_run_main_passes_statuses_on(monkeypatch, capsys):
     assert end(UserError("two\nlines  \x1b[2J")) == (2, "grpo.py: error: two lines \\x1b[2J\n")
     assert end(KeyboardInterrupt()) == (130, "grpo.py: error: interrupted\n")
     assert end(KeyboardInterrupt(15)) == (143, "grpo.py: error: interrupted\n")
+    assert end(KeyboardInterrupt(2, "saved after step 7")) == (130, "grpo.py: error: saved after step 7\n")
     status, err = end(FloatingPointError("the loss is nan"))
-    assert status == 2 and err.startswith("grpo.py: error: the loss is nan; ") and err.count("\n") == 1
+    assert status == 2 and err.startswith("grpo.py: error: not finite: the loss is nan; ") and err.count("\n") == 1
     status, err = end(OSError(28, "No space left on device", "run/metrics.jsonl"))
     assert (status, err.partition(";")[0]) == (2, "grpo.py: error: run/metrics.jsonl: No space left on device")
     with pytest.raises(RuntimeError, match="a bug"):  # which must not look like a mistake of the user's
@@ -312,10 +323,10 @@ def test_help_has_each_flag_once_in_a_group_with_its_default(script, settings):
     lines = text.splitlines()
     assert lines[0] == f"usage: {script} [--flag value ...]"
     groups = [line for line in lines if line.endswith(":") and not line.startswith((" ", "options", "the commonest"))]
-    assert groups == [f"{group}:" for group in runs.GROUPS if any(f"{group}:" == line for line in lines)]
+    assert groups == [f"{group}:" for group in commands.GROUPS if any(f"{group}:" == line for line in lines)]
     assert len(groups) >= 5
     for field in dataclasses.fields(settings):
-        flag = runs.flag_of(field.name)
+        flag = commands.flag_of(field.name)
         assert len(re.findall(rf"^  {flag}(?= |$)", text, re.MULTILINE)) == 1, flag
         assert "_" not in flag and (f"--{field.name} " not in text or "_" not in field.name)
     sentence = {"grpo.py": "--steps N Steps; one step is one rollout. Default: 40.", "sft.py": "--batch-size N"}[script]
@@ -368,7 +379,7 @@ def take(run: runs.Run, step: int) -> dict[str, float]:
     run.optimizer.param_groups[0]["lr"] = 0.1
     loss = run.policy.model.weight.sum()
     loss.backward()
-    return {"loss": loss.item(), "grad_norm": runs.descend(run.optimizer, loss.item(), 1.0)}
+    return run.record({"loss": loss.item(), "grad_norm": runs.descend(run.optimizer, 1.0)})
 
 
 def test_the_loop_saves_where_it_should_and_ends_with_the_last_step(tmp_path):
@@ -422,10 +433,52 @@ def test_patience_counts_validations_and_the_first_is_the_best(tmp_path, capsys)
         assert [*again.steps()] == [] and again.stopped
 
 
-def test_what_is_not_finite_names_the_step_and_moves_nothing(tmp_path):
-    run = tiny_run(tmp_path / "a")
-    weight = run.policy.model.weight.clone()
-    with pytest.raises(UserError, match="step 1: not finite .*--resume with a lower --learning-rate"), run:
+def test_a_step_that_is_not_finite_is_skipped_counted_and_in_the_end_too_many(tmp_path, capsys):
+    def bad(run: runs.Run, step: int) -> dict:
+        if step == 2:  # after a good one, which starts the count again
+            return take(run, step)
         run.policy.model.weight.grad = torch.full((1, 1), math.nan)
-        runs.descend(run.optimizer, 0.0, 1.0)
-    assert torch.equal(run.policy.model.weight, weight)
+        runs.descend(run.optimizer, 1.0)
+
+    run = tiny_run(tmp_path / "a", max_bad_steps=2)
+    kept = []
+    with pytest.raises(UserError, match=r"step 4: 2 steps in a row were skipped \(--max-bad-steps\), .* nan; "), run:
+        for step in run.steps():
+            run.log(step, run.attempt(bad, step))
+            kept.append(run.policy.model.weight.clone())
+            assert run.policy.model.weight.grad is None
+    assert torch.equal(kept[1], kept[2]) and not torch.equal(kept[0], kept[1])
+    lines = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
+    assert [line.get("skipped") for line in lines] == [1.0, None, 1.0]
+    assert "warning: step 1 is skipped: the norm of the gradient is nan" in capsys.readouterr().err
+    assert [step for step, _ in states.states(run.out)] == [3]  # the state before the step that was one too many
+
+
+def test_rows_that_are_not_finite_are_kept(tmp_path):
+    def bad(run: runs.Run, step: int) -> dict:
+        raise NotFinite("the loss is nan", [{"completion": "1+1"}])
+
+    run = tiny_run(tmp_path / "a")
+    with run:
+        run.attempt(bad, 1)
+    row = {"step": 1, "skipped": "the loss is nan", "completion": "1+1"}
+    assert json.loads((run.out / "samples.jsonl").read_text()) == row
+
+
+def test_a_budget_is_halved_until_a_pass_fits_and_the_gradient_begun_is_cleared(tmp_path):
+    run, asked = tiny_run(tmp_path / "a"), []
+
+    def backward(weight, tokens: int) -> str:
+        asked.append((tokens, weight.grad))
+        weight.sum().backward()
+        if tokens > 100:
+            raise MemoryError
+        return "done"
+
+    weight = run.policy.model.weight
+    assert runs.within_memory(backward, (weight,), 400, run.optimizer) == ("done", 100)
+    assert asked == [(400, None), (200, None), (100, None)] and weight.grad == 1
+    with pytest.raises(MemoryError):
+        runs.within_memory(lambda tokens: bytearray(2**62), (), 64, run.optimizer)
+    with pytest.raises(RuntimeError, match="a bug"):
+        runs.within_memory(lambda tokens: (_ for _ in ()).throw(RuntimeError("a bug")), (), 64, run.optimizer)

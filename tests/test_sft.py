@@ -9,11 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import commands
 import runs
 import sft
 import tasks
 from checkpoints import load
-from runs import UserError
+from commands import UserError
 from sft import SFTConfig, batches, cross_entropy, learning_rate_at, new_policy
 from tasks import Example
 
@@ -45,7 +46,7 @@ def test_loss_is_the_cross_entropy_of_completion_and_end_tokens_only(token_budge
     expected.backward()
     assert loss == pytest.approx(expected.item(), rel=1e-6)
     for gradient, parameter in zip(gradients, policy.model.parameters(), strict=True):
-        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=3e-7)
 
 
 def test_equal_demonstrations_are_computed_once_and_count_as_often_as_they_occur():
@@ -73,7 +74,7 @@ def test_a_step_takes_all_demonstrations_of_its_prompts(few_problems, tmp_path, 
     seen = []
     inner = sft.cross_entropy
 
-    def record(policy, batch, copies, *more, learn):
+    def record(policy, batch, copies, *more, learn=True):
         if learn:
             seen.append((len(batch.prompts), int(copies.sum())))
         return inner(policy, batch, copies, *more, learn=learn)
@@ -149,7 +150,7 @@ def test_a_resumed_run_is_bitwise_equal_to_the_one_not_interrupted(few_problems,
     with pytest.raises(KeyboardInterrupt):
         sft.train(cut)
     monkeypatch.setattr(sft, "cross_entropy", step)
-    assert (tmp_path / "cut" / "resume" / "latest").read_text() == "000006"
+    assert sorted(path.name for path in (tmp_path / "cut" / "resume").iterdir()) == ["000006", "000007"]
     resumed = weights_of(sft.train(dataclasses.replace(cut, resume=True)))
     assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
     logs = [
@@ -192,7 +193,7 @@ def test_mistakes_are_one_line_and_status_2(arguments, words, tmp_path, monkeypa
     monkeypatch.setattr(runs.signal, "signal", lambda *_: None)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
-        runs.run_main(sft.main)
+        commands.run_main(sft.main)
     errors = capsys.readouterr().err
     assert stopped.value.code == 2 and errors.count("\n") == 1, errors
     assert all(word in errors for word in ("error", *words)), errors

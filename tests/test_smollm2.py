@@ -16,8 +16,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from checkpoints import find_checkpoint, load, save
+from commands import UserError
 from model_toy import Llama
-from runs import UserError
 
 CPU = torch.device("cpu")
 MESSAGES = [[{"role": "user", "content": text}] for text in ("What is the capital of France?", "Add 4 and 9.")]

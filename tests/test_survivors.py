@@ -10,6 +10,7 @@ import pytest
 import torch
 from steps import rewards_of
 
+from commands import UserError
 from grpo import Algorithm, GRPOConfig, GRPORun, is_flat, kl_penalty, policy_loss
 from inference import bootstrap, measure_rollout, results_table, sampled_results, show_number
 from policy import log_distribution
@@ -28,8 +29,8 @@ from rewards import (
     token_length,
 )
 from rollouts import Rollout, join, micro_batches
-from runs import Position, UserError
 from sft import SFTConfig, batches, learning_rate_at
+from states import Position
 from tasks import Example, Source, arithmetic, find_task, gsm8k_example, odd_even, pose, smoltldr_example, take_prompts
 
 

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import pyarrow.parquet
 import pytest
 
+from commands import UserError
 from rewards import answer_exact, answer_format, answer_last, boxed_format
-from runs import UserError
 from tasks import (
     TASKS,
     Example,

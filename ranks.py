@@ -1,0 +1,93 @@
+"""Several processes, as torchrun starts them: which one this is, its share of the work, sums and what all must know.
+
+Each rank samples and scores whole groups of its own; a sum over all ranks makes of their gradients that of one process.
+Alone, every function here gives back what it was given.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # the number of its GPU
+RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+FIRST = RANK == 0  # writes and prints
+
+
+def begin(seconds: float = 1800.0) -> None:
+    """Meet the other ranks, if there are any; one that is silent for so many seconds ends the others."""
+    if WORLD > 1 and not dist.is_initialized():
+        backend, meet = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", {}
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # which after a restart still knows the dead
+            store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), WORLD, is_master=False)
+            meet = {"store": dist.PrefixStore(f"attempt {RESTARTS}", store), "rank": RANK, "world_size": WORLD}
+        dist.init_process_group(backend, timeout=timedelta(0, seconds), **meet)
+        if not FIRST:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
+
+
+def share(count: int) -> tuple[int, int]:
+    """Where this rank's share of `count` things in a row begins and ends; shares differ by one at most."""
+    return count * RANK // WORLD, count * (RANK + 1) // WORLD
+
+
+def gather(value) -> list:
+    """The value of every rank, in their order."""
+    values = [value] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def every(function: Callable) -> list:
+    """What the function gives on every rank, in their order; what it raises on one is raised on all."""
+    if WORLD == 1:
+        return [function()]
+    try:
+        told = (function(), None)
+    except Exception as error:  # the others must know, or they would wait for this one
+        told = (None, error)
+    values, errors = zip(*gather(told), strict=True)
+    for error in filter(None, errors):
+        raise error
+    return list(values)
+
+
+def first(function: Callable, *arguments):
+    """What the function gives, or raises, on the first rank, which alone calls it."""
+    return every(lambda: function(*arguments) if FIRST else None)[0]
+
+
+def reduced(values: dict[str, float], how) -> dict[str, float]:
+    """Numbers of all ranks made one, name by name."""
+    if WORLD == 1:
+        return values
+    names = sorted({name for each in gather(list(values)) for name in each})
+    tensor = torch.tensor([values.get(name, 0.0) for name in names], dtype=torch.float64)
+    dist.all_reduce(tensor, how)
+    return dict(zip(names, tensor.tolist(), strict=True))
+
+
+def total(values: dict[str, float]) -> dict[str, float]:
+    """The sums over all ranks."""
+    return reduced(values, dist.ReduceOp.SUM)
+
+
+def largest(values: dict[str, float]) -> dict[str, float]:
+    """The largest of all ranks."""
+    return reduced(values, dist.ReduceOp.MAX)
+
+
+def add_gradients(weights: Sequence[torch.nn.Parameter]) -> None:
+    """Sum the gradients of every rank, each that of its own rows over the denominator of all rows."""
+    if WORLD == 1:
+        return
+    for weight in weights:
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+    for work in [dist.all_reduce(weight.grad, async_op=True) for weight in weights]:
+        work.wait()

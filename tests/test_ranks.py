@@ -1,0 +1,179 @@
+"""Several processes, as torchrun starts them, against one: the same gradient, the same run, no waiting for the dead.
+
+    torchrun --nproc-per-node 2 tests/test_ranks.py BASE OUT.safetensors
+
+is what the tests start: a step of every row of the table, in float64, from one policy, whose weights it writes.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import bench_faults
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import grpo
+import ranks
+import rewards
+import states
+from grpo import ALGORITHMS, GRPOConfig
+
+ROOT = Path(grpo.__file__).parent
+
+
+def uneven(prompts, completions, completion_ids, **_) -> list[float | None]:
+    """Rewards with a group that is flat, rows without a value, and spread else: by the completions alone."""
+    values: list[float | None] = [len(set(ids)) / 8 for ids in completion_ids]
+    values[:4] = [0.5] * 4  # the first prompt's, on the first rank
+    return [None if i in (5, 6, 13) else value for i, value in enumerate(values)]
+
+
+def weights_of_a_step(base: str, out: str) -> None:
+    """The weights after a step of plain gradient descent, by the name of the row."""
+    rewards.REWARDS["uneven"] = uneven
+    found, folder = {}, Path(out).parent / f"of_{ranks.WORLD}"
+    cells = {name: {"algorithm": name} for name in ALGORITHMS}
+    cells["batch_std"] = {"advantage": "batch_std"}
+    cells["batch_mean"] = {"advantage": "batch_mean"}
+    for name, cell in cells.items():
+        config = GRPOConfig(
+            model=base, out=str(folder / name), rewards="uneven=1", batch_size=5, num_generations=4, max_new_tokens=8,
+            eval_limit=2, learning_rate=1.0, warmup_steps=0, clip_grad_norm=1e9, device="cpu", num_inner_updates=2,
+            **cell,
+        )  # fmt: skip
+        run = grpo.prepare(config)
+        for policy in filter(None, (run.policy, run.reference)):
+            policy.model.double()
+        run.optimizer = torch.optim.SGD(run.policy.model.parameters(), 1.0)
+        with run:
+            metrics = grpo.train_step(run, 1)
+        found |= {f"{name} {key}": weight.clone() for key, weight in run.policy.model.weights().items()}
+        kept = ("reward", "samples", "tokens", "kl", "entropy", "loss", "grad_norm", "ratio_max", "sampler_gap")
+        found[f"{name} metrics"] = torch.tensor([metrics.get(key, 0.0) for key in kept], dtype=torch.float64)
+    if ranks.FIRST:
+        save_file(found, out)
+
+
+def torchrun(count: int, *command: str, **how) -> subprocess.Popen:
+    """A command in so many processes."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), "--master-port", "0"]
+    start += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*start, *how.get("more", ()), *command], env=environment, **pipes)
+
+
+def finish(process: subprocess.Popen) -> str:
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors[-3000:]
+    return errors
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return bench_faults.tiny(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def steps(base, tmp_path_factory) -> dict[int, dict[str, torch.Tensor]]:
+    """What one, two and four processes make of a step of each row."""
+    folder, found = tmp_path_factory.mktemp("steps"), {}
+    for count in (1, 2, 4):
+        finish(torchrun(count, __file__, str(base), str(folder / f"{count}.safetensors")))
+        found[count] = load_file(folder / f"{count}.safetensors")
+    return found
+
+
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("name", [*ALGORITHMS, "batch_std", "batch_mean"])
+def test_a_step_of_several_ranks_is_that_of_one(base, steps, name, count):
+    start = grpo.load(base, "cpu").model.weights()
+    moved, difference = 0.0, 0.0
+    for key, weight in start.items():
+        alone, several = (steps[n][f"{name} {key}"] for n in (1, count))
+        moved += float((alone - weight).square().sum())
+        difference += float((several - alone).square().sum())
+    assert moved > 0 and difference**0.5 <= 1e-6 * moved**0.5
+    torch.testing.assert_close(steps[count][f"{name} metrics"], steps[1][f"{name} metrics"], rtol=1e-6, atol=1e-12)
+
+
+@pytest.fixture(scope="module")
+def runs_of(base, tmp_path_factory):
+    """The run of bench_faults.py by so many processes: (folder, command)."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    def run(count: int, out: str, *more: str) -> Path:
+        if not (folder / out / "run.json").exists() or "--resume" in more:
+            command = bench_faults.command(base, folder / out, *more)[1:]
+            finish(torchrun(count, *command))
+        return folder / out
+
+    return run
+
+
+def metrics_of(out: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{key: x for key, x in line.items() if "second" not in key} for line in lines]
+
+
+def close(a: Path, b: Path) -> None:
+    """Two runs are the same but for the order in which sums were taken."""
+    for one, other in zip(metrics_of(a), metrics_of(b), strict=True):
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-4)
+    first, second = (json.loads((out / "evaluation.json").read_text()) for out in (a, b))
+    assert first.keys() == second.keys() and first["last"] == pytest.approx(second["last"], rel=1e-3)
+
+
+def test_a_run_of_two_ranks_is_that_of_one(runs_of):
+    one, two = runs_of(1, "one"), runs_of(2, "two")
+    close(one, two)
+    rows = [len((out / "samples.jsonl").read_text().splitlines()) for out in (one, two)]
+    assert rows[0] == rows[1]  # the first rank alone writes
+
+
+def test_two_ranks_saved_are_resumed_by_four_and_by_one(runs_of):
+    runs_of(2, "part", "--steps", "6")
+    for count, name in ((4, "four"), (1, "alone")):
+        out = runs_of(2, "part").parent / name
+        shutil.copytree(out.parent / "part", out)
+        close(runs_of(count, name, "--resume", "--steps", "12"), runs_of(1, "one"))
+
+
+def test_a_dead_rank_ends_the_others_and_a_restart_goes_on(base, tmp_path):
+    """SIGKILL for one of two: torchrun starts both again, and they continue from the last state."""
+    out = tmp_path / "run"
+    process = torchrun(2, *bench_faults.command(base, out, "--steps", "12")[1:], more=["--max-restarts", "1"])
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not states.states(out):
+        time.sleep(0.05)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    finish(process)
+    assert [line["step"] for line in metrics_of(out)] == list(range(13))
+    assert json.loads((out / "run.json").read_text())["resumed"]
+
+
+def test_a_mistake_of_one_rank_is_told_by_all_and_none_waits(base, tmp_path):
+    process = torchrun(2, *bench_faults.command(base, tmp_path / "run", "--batch-size", "1")[1:])
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode and "2 processes need as many prompts at least" in errors
+    (tmp_path / "fails.py").write_text("def mine(completions, **_):\n    raise ValueError('mine')\n")
+    flags = ["--rewards", f"{tmp_path / 'fails.py'}:mine=1"]
+    kept = [x for x in bench_faults.command(base, tmp_path / "other")[1:] if x not in ("--ideal-length", "5")]
+    process = torchrun(2, *kept, *flags)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode and re.search("reward mine failed for row 0, .*: ValueError: mine", errors)
+
+
+if __name__ == "__main__":
+    weights_of_a_step(*sys.argv[1:])
