@@ -4,6 +4,8 @@ Each rank samples and scores whole groups of its own; a sum over all ranks makes
 Alone, every function here gives back what it was given.
 """
 
+import contextlib
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -35,11 +37,22 @@ def share(count: int) -> tuple[int, int]:
     return count * RANK // WORLD, count * (RANK + 1) // WORLD
 
 
+@contextlib.contextmanager
+def talking():
+    """Turn what a dead or silent rank does to the others into an error that says so."""
+    try:
+        yield
+    except RuntimeError as error:
+        what = "another process of this run has ended or is silent; the last state stays, --resume goes on from there"
+        raise ConnectionResetError(errno.ECONNRESET, what, f"rank {RANK}") from error
+
+
 def gather(value) -> list:
     """The value of every rank, in their order."""
     values = [value] * WORLD
     if WORLD > 1:
-        dist.all_gather_object(values, value)
+        with talking():
+            dist.all_gather_object(values, value)
     return values
 
 
@@ -68,7 +81,8 @@ def reduced(values: dict[str, float], how) -> dict[str, float]:
         return values
     names = sorted({name for each in gather(list(values)) for name in each})
     tensor = torch.tensor([values.get(name, 0.0) for name in names], dtype=torch.float64)
-    dist.all_reduce(tensor, how)
+    with talking():
+        dist.all_reduce(tensor, how)
     return dict(zip(names, tensor.tolist(), strict=True))
 
 
@@ -89,5 +103,6 @@ def add_gradients(weights: Sequence[torch.nn.Parameter]) -> None:
     for weight in weights:
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)
-    for work in [dist.all_reduce(weight.grad, async_op=True) for weight in weights]:
-        work.wait()
+    with talking():
+        for work in [dist.all_reduce(weight.grad, async_op=True) for weight in weights]:
+            work.wait()

@@ -1,6 +1,8 @@
 """A run that is killed again and again, against the one that never was: equal bit for bit, or something was lost.
 
     python tests/bench_faults.py [--kills 100]
+    python tests/bench_faults.py --cost          the share of a run's time that saving takes, at the default interval
+    python tests/bench_faults.py --ranks         seconds of a step of the main job by one and by two processes
 
 SIGKILL at random instants from the start of the process to its end, every fifth one inside a save; then `--resume`,
 until the run has come to its end. Compared are weights, optimizer, metrics (without the clock's), samples and
@@ -9,8 +11,10 @@ evaluation.
 
 import argparse
 import json
+import os
 import random
 import shutil
+import statistics
 import string
 import subprocess
 import sys
@@ -24,6 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from bench_main import ROOT
 
+import grpo
+import runs
 from checkpoints import save
 from sft import new_policy
 
@@ -85,10 +91,55 @@ def survive(base: Path, out: Path, seed: int, seconds: float, kills: int = KILLS
     return outcome(out)
 
 
+def cost() -> str:
+    """What saving takes of 20 steps of the main job, in this process."""
+    real, saving = runs.save_state, []
+
+    def save_state(*given) -> None:
+        start = time.perf_counter()
+        real(*given)
+        saving.append(time.perf_counter() - start)
+
+    runs.save_state, grpo.report = save_state, lambda run: None
+    with tempfile.TemporaryDirectory() as name:
+        base = tiny(Path(name) / "base")
+        run = grpo.prepare(grpo.GRPOConfig(model=str(base), out=f"{name}/run", steps=20, eval_limit=1, eval_every=20))
+        start = time.perf_counter()
+        with run:
+            for step in run.steps():
+                run.log(step, run.attempt(grpo.train_step, step))
+        whole = time.perf_counter() - start
+    return f"{len(saving)} states in 20 steps: {sum(saving):.2f} of {whole:.1f} s, {sum(saving) / whole:.1%}"
+
+
+def step_times() -> str:
+    """Median seconds of eight steps of the main job by one process with one and two threads, and by two with one."""
+    told = []
+    with tempfile.TemporaryDirectory() as name:
+        base = tiny(Path(name) / "base")
+        for processes, threads in ((1, 1), (1, 2), (2, 1)):
+            out = Path(name) / f"{processes}-{threads}"
+            start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+            flags = ["--steps", "9", "--eval-limit", "2", "--eval-every", "99", "--model", str(base), "--out", str(out)]
+            environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+            subprocess.run([*start, str(ROOT / "grpo.py"), *flags], check=True, capture_output=True, env=environment)
+            lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+            seconds = statistics.median(line["seconds"] for line in lines[2:])
+            told.append(f"{processes} x {threads} threads: {seconds:.2f} s a step")
+    return "\n".join(told)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--kills", type=int, default=100)
-    kills = parser.parse_args().kills
+    parser.add_argument("--cost", action="store_true")
+    parser.add_argument("--ranks", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.cost:
+        return print(cost())
+    if arguments.ranks:
+        return print(step_times())
+    kills = arguments.kills
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         base, start = tiny(folder / "base"), time.perf_counter()

@@ -129,12 +129,13 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             return train_with_trl(arguments.trl, flags, folder)
     load, results = load_before(), {}
-    for name in ["arithmetic", *["summaries"] * (arguments.data is not None)]:
-        flags = RUNS[name] + (["--data", str(arguments.data.resolve())] if name == "summaries" else [])
-        with tempfile.TemporaryDirectory() as folder:
-            for side, measure in (("ours", ours), ("TRL", trl)):
+    names = ["arithmetic", *["summaries"] * (arguments.data is not None)]
+    for side, measure in (("ours", ours), ("TRL", trl)):
+        for name in names:
+            flags = RUNS[name] + (["--data", str(arguments.data.resolve())] if name == "summaries" else [])
+            with tempfile.TemporaryDirectory() as folder:
                 results.setdefault(name, {})[side] = measure(flags, Path(folder))
-                write(arguments.results, results | {"machine": machine(torch.get_num_threads(), load)})
+            write(arguments.results, results | {"machine": machine(torch.get_num_threads(), load)})
     rows = [["run", "", "planned", "measured", "planned / measured", "a step", "tokens of a completion"]]
     for name, sides in results.items():
         for side, values in sides.items():

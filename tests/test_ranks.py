@@ -158,7 +158,8 @@ def test_a_dead_rank_ends_the_others_and_a_restart_goes_on(base, tmp_path):
         time.sleep(0.05)
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(children[-1]), signal.SIGKILL)
-    finish(process)
+    errors = finish(process)
+    assert "error: rank 0: another process of this run has ended or is silent; " in errors and "Traceback" not in errors
     assert [line["step"] for line in metrics_of(out)] == list(range(13))
     assert json.loads((out / "run.json").read_text())["resumed"]
 
