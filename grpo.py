@@ -627,7 +627,7 @@ def checked(config: GRPOConfig, task: Task) -> tuple[GRPOConfig, Policy | None, 
     data = load_task(task, chat, *sizes, data=config.data)
     rewards.check_columns(config.task, data["train"][0].columns)
     data = policy.fitting(data, config.max_new_tokens) if policy else data
-    pins = {"data": runs.digest_of(data=data)}
+    pins = {"data": runs.digest_of(data={"train": data["train"]})}  # --eval-limit may change
     if config.scorer:
         scorer = load(config.scorer, device, config.dtype)
         pins["scorer"] = runs.digest_of(scorer.model)

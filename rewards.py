@@ -582,7 +582,7 @@ def apply_reward(name: str, function: RewardFunction, examples, rollout, **extra
         raise UserError(f"reward {name} returned {count} for {len(prompts)} completions; return a list of that length")
     for row, value in enumerate(values):
         number = isinstance(value, numbers.Real) and not abs(value) >= 2.0**127  # the total is summed in float32
-        if number and value != value or value in (math.inf, -math.inf):
+        if isinstance(value, numbers.Real) and (value != value or value in (math.inf, -math.inf)):
             asked = {"question": examples[row].question, "completion": rollout.texts[row]}
             raise NotFinite(f"reward {name} is {value} for row {row}", [asked])
         if value is not None and not number:
@@ -648,7 +648,7 @@ def load_function(source: str) -> RewardFunction:
         raise UserError(f"--rewards: no file {path!r}; give the path of a Python file, as in my_file.py:my_reward=1")
     try:
         function = runpy.run_path(path).get(name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"--rewards: {path} does not run: {type(error).__name__}: {error}") from error
     if not callable(function):
         raise UserError(f"--rewards: {path} has no function {name!r}")

@@ -146,7 +146,7 @@ def lock(out: Path) -> None:
     file = open(out / ".lock", "w")  # noqa: SIM115 - held open, which is the lock
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         file.close()
         mend = "wait for it, or name another folder"
         raise UserError(f"--out: another process writes into {str(out)!r}; {mend}") from error
@@ -183,7 +183,7 @@ def open_folder(config: RunSettings, more: dict) -> None:
         path = Path(getattr(config, name, None) or "/").resolve()
         if path == out.resolve() or (out.resolve() in path.parents and path.name != "base"):
             raise UserError(f"--out: {config.out!r} holds --{name} itself, which must stay; name another folder")
-    held = [name for name in ("run.json", "config.json", "metrics.jsonl") if (out / name).exists()]
+    held = [name for name in (*RUN_FILES, "config.json") if (out / name).exists()]
     if held and not config.overwrite:
         raise UserError(f"--out: {config.out!r} already holds a run; --resume continues it, --overwrite replaces it")
     if held and "run.json" not in held:
@@ -230,6 +230,9 @@ def digest_of(model=None, data: dict | None = None) -> str:
     for split, examples in (data or {}).items():
         digest.update(f"{split}: {examples}".encode())
     return digest.hexdigest()
+
+
+ENDS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(kw_only=True)
@@ -305,12 +308,13 @@ class Run:
             self.busy = False
         self.heed()
 
-    def restore_handlers(self) -> None:
+    def restore_handlers(self, among: tuple = ENDS) -> None:
         for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+            if number in among:
+                signal.signal(number, handler)
 
     def __exit__(self, kind, error, traceback) -> None:
-        self.restore_handlers()
+        self.restore_handlers(tuple(self.handlers))
         self.bar.close()
         if isinstance(error, (Exception, KeyboardInterrupt)):
             told = self.save_before_leaving()

@@ -198,7 +198,8 @@ def prepare(config: SFTConfig) -> SFTRun:
         demonstrations=demonstrations["train"], validation=demonstrations["validation"], prompts=iter(()),
     )  # fmt: skip
     run.restore()
-    run.prompts = itertools.islice(batches(count, config.batch_size, steps, config.seed), run.position.step, None)
+    taken = run.position.step + bool(run.position.updated)
+    run.prompts = itertools.islice(batches(count, config.batch_size, steps, config.seed), taken, None)
     return run
 
 

@@ -347,9 +347,13 @@ def test_overwrite_destroys_nothing_before_all_is_checked(base, tmp_path, monkey
         with pytest.raises(UserError):
             grpo.train(settings(base, out, overwrite=True, **same))
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == files
-    with pytest.raises(UserError, match="config.json but no run, and stays as it is"):
+    with pytest.raises(UserError, match="model.safetensors but no run, and stays as it is"):
         grpo.train(settings(out, base, overwrite=True))
     assert load(base, "cpu")
+    (tmp_path / "mine" / "resume").mkdir(parents=True)
+    with pytest.raises(UserError, match="already holds a run"):
+        grpo.train(settings(base, tmp_path / "mine"))
+    assert (tmp_path / "mine" / "resume").is_dir()
 
 
 def test_the_run_that_is_replaced_stays_until_the_new_one_has_a_state(base, tmp_path, monkeypatch):

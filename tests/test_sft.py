@@ -198,3 +198,22 @@ def test_mistakes_are_one_line_and_status_2(arguments, words, tmp_path, monkeypa
     assert stopped.value.code == 2 and errors.count("\n") == 1, errors
     assert all(word in errors for word in ("error", *words)), errors
     assert not list(tmp_path.iterdir())
+
+
+def test_what_stops_after_an_update_loses_no_batch(few_problems, tmp_path, monkeypatch):
+    """The batch of the step whose end is missing has been taken: the next one is the next."""
+    config = SFTConfig(out=str(tmp_path / "whole"), copies=2, epochs=2, batch_size=8, save_every=100, eval_every=2)
+    whole = weights_of(sft.train(config))
+    real = sft.validate
+
+    def stop(run, step):
+        raise KeyboardInterrupt(15)
+
+    monkeypatch.setattr(sft, "validate", stop)
+    cut = dataclasses.replace(config, out=str(tmp_path / "cut"))
+    with pytest.raises(KeyboardInterrupt):
+        sft.train(cut)
+    assert (tmp_path / "cut" / "resume" / "000001+").is_dir()
+    monkeypatch.setattr(sft, "validate", real)
+    resumed = weights_of(sft.train(dataclasses.replace(cut, resume=True)))
+    assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
