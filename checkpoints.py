@@ -173,7 +173,8 @@ def load_tokenizer(folder: Path, model_type: str, vocab_size: int):
             from transformers import AutoTokenizer as Loader
         tokenizer = Loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         largest = max(tokenizer.get_vocab().values())
-        tokenizer("1")  # which finds what is wrong with its settings
+        special = [getattr(tokenizer, f"{kind}_token_id") for kind in ("unk", "bos", "eos", "pad")]
+        largest = max([largest, *filter(None, special), *tokenizer("1").input_ids])  # finds faults of its settings
     except Exception as error:  # the tokenizers library raises a bare Exception for a damaged file
         raise UserError(f"{folder / 'tokenizer.json'} cannot be read ({error}); restore the file") from error
     if largest >= vocab_size:
