@@ -247,7 +247,7 @@ def train_step(run: "GRPORun", step: int) -> dict[str, float]:
     with out_of_memory("--batch-size, --num-generations or --max-new-tokens"):
         examples = take_prompts(run.data["train"], step, config.batch_size, config.seed)  # (1)
         rollout = sample_groups(run, examples, (config.seed, step, 0))  # (2)
-        rewards, metrics = give_rewards(run, examples, rollout)  # (3)
+        rewards, metrics = ranks.first(run.rewards, examples, rollout, run.position.reward_state)  # (3)
         metrics |= measure_rollout(rollout, rewards, examples, run.task)
         if algorithm.max_resample:
             rollout, rewards, counts = replace_flat_groups(run, step, examples, rollout, rewards)
@@ -278,11 +278,6 @@ def sample_groups(run: "GRPORun", examples: list[Example], key: tuple[int, int, 
     return parts[0] if len(parts) == 1 else join(parts)
 
 
-def give_rewards(run: "GRPORun", examples: list[Example], rollout: Rollout) -> tuple[torch.Tensor, dict[str, float]]:
-    """Rewards (P, G) and what was measured on the way: by one rank, which sees all rows in one order."""
-    return ranks.first(run.rewards, examples, rollout, run.position.reward_state)
-
-
 def own_groups(rollout: Rollout, advantages: torch.Tensor) -> tuple[Rollout, torch.Tensor]:
     """What this rank scores and learns from: its share of the groups, all of them where it is alone."""
     start, end = ranks.share(len(advantages))
@@ -307,7 +302,7 @@ def replace_flat_groups(run: "GRPORun", step: int, examples: list[Example], roll
             examples = sorted(fresh, key=lambda example: id(example) in used)[:missing]  # new ones first
             used |= set(map(id, examples))
             rollout = sample_groups(run, examples, (config.seed, step, draw))
-            rewards, _ = give_rewards(run, examples, rollout)
+            rewards, _ = ranks.first(run.rewards, examples, rollout, run.position.reward_state)
         counts.update(samples=rewards.numel(), tokens=int(rollout.mask.sum()))
         keep = ~is_flat(rewards) | (draw == last_draw)
         if keep.any():
@@ -595,12 +590,13 @@ def prepare(config: GRPOConfig) -> GRPORun:
         config=config, policy=policy, optimizer=runs.adamw(policy.model, weight_decay=0.0), last_step=config.steps,
         task=task, data=data, rewards=rewards, reference=reference,
     )  # fmt: skip
-    if config.resume or not config.trace:  # whose --out may hold another run
+    if not config.trace:
         runs.pin(config, **pins | {"model": runs.digest_of(policy.model)})
-        run.restore()
+    if config.resume or not config.trace:  # whose --out may hold another run
+        run.restore(write=not config.trace)
     if run.position.best_step is None and not config.trace:
         before = evaluate_run(run, policy, "held_out", samples=4)
-        run.write("evaluation.json", {"base": {"step": 0, **before}})
+        ranks.first(commands.write_json, out / "evaluation.json", {"base": {"step": 0, **before}})
     return run
 
 

@@ -190,13 +190,14 @@ def open_folder(config: RunSettings, more: dict) -> None:
         raise UserError(f"--out: {config.out!r} holds {held[0]} but no run, and stays as it is; name another folder")
     out.mkdir(parents=True, exist_ok=True)
     lock(out)
-    stands = bool(states(out))  # else it has nothing to lose, and may itself have begun to replace another
-    aside = out / REPLACED
-    if stands:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-    for path in [out / name for name in RUN_FILES if (out / name).exists()]:
-        if stands:
+    aside, lasts = out / REPLACED, bool(states(out))
+    kept = (aside / "run.json").exists()  # a whole run, by one that never had a state
+    if kept and lasts:
+        shutil.rmtree(aside)
+    if held:
+        aside.mkdir(exist_ok=True)
+    for path in [out / name for name in reversed(RUN_FILES) if (out / name).exists()]:  # run.json last
+        if lasts or not kept:
             os.replace(path, aside / path.name)
         elif path.is_dir():
             shutil.rmtree(path)
@@ -395,11 +396,6 @@ class Run:
             self.position.best_score = -math.inf
             self.say(f"warning: the best checkpoint is not saved: {failed}", file=sys.stderr)
 
-    def write(self, name: str, value: dict) -> None:
-        """Write a JSON file of the run."""
-        if ranks.FIRST:
-            write_json(self.out / name, value)
-
     def is_due(self, step: int, every: int) -> bool:
         """Whether what is done every so many steps, and at the end, is done after this one."""
         return step % every == 0 or step == self.last_step
@@ -465,12 +461,15 @@ class Run:
         except OSError as error:
             self.say(f"warning: step {self.settled.step}: no state saved: {describe(error)}", file=sys.stderr)
 
-    def restore(self) -> None:
-        """Go back to the newest state, or to before the first step where none has been saved yet."""
-        position = load_state(self.out, self.models, self.optimizer)
+    def restore(self, write: bool = True) -> None:
+        """Go back to the newest state, or to before the first step where none has been saved yet.
+
+        Without `write` the folder, in which another process may be at work, stays as it is.
+        """
+        position = load_state(self.out, self.models, self.optimizer, write)
         if position is not None:
             self.position = position
-        elif ranks.FIRST:
+        elif write and ranks.FIRST:
             for name in ("metrics.jsonl", "samples.jsonl"):
                 (self.out / name).unlink(missing_ok=True)
         ranks.gather(None)  # no rank reads on before that

@@ -8,6 +8,7 @@ change it.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import re
@@ -35,21 +36,27 @@ from tasks import TASKS, find_task, load_task
 
 
 def cross_entropy(
-    policy: Policy, rollout: Rollout, copies: torch.Tensor, token_budget: int, learn: bool = True
-) -> float:
-    """The mean of -log pi over completion tokens, in nats, as if each row were there `copies` (B,) times.
+    policy: Policy, rollout: Rollout, copies: torch.Tensor, token_budget: int, learn: bool = True,
+    tokens: float | None = None,
+) -> float:  # fmt: skip
+    """The sum of -log pi over completion tokens, in nats, as if each row were there `copies` (B,) times, over `tokens`.
 
-    With `learn` its gradient is accumulated.
+    That is their number, or that of all ranks. With `learn` its gradient is accumulated.
     """
-    tokens, loss_sum = ranks.total({"tokens": int((rollout.mask.sum(1) * copies).sum())})["tokens"], 0.0
+    tokens, total = tokens or count_tokens(rollout, copies), 0.0
     with torch.set_grad_enabled(learn):
         for rows in micro_batches(rollout, token_budget, policy.layout):
             logp, _ = policy.log_probs(rollout.select(rows), entropy=False)
             loss = -(logp.sum(1) * copies[rows]).sum() / tokens
             if learn:
                 loss.backward()
-            loss_sum += loss.item()
-    return ranks.total({"loss": loss_sum})["loss"]
+            total += loss.item()
+    return total
+
+
+def count_tokens(rollout: Rollout, copies: torch.Tensor) -> int:
+    """The completion tokens of rows that are there so often."""
+    return int((rollout.mask.sum(1) * copies).sum())
 
 
 def learning_rate_at(config: "SFTConfig", step: int, steps: int) -> float:
@@ -88,14 +95,15 @@ def train_step(run: SFTRun, step: int) -> dict[str, float]:
     batch, copies = rollout.select(rows), copies[rows]
     rate = run.optimizer.param_groups[0]["lr"] = learning_rate_at(config, step, run.last_step)
     with run.unbroken(), out_of_memory("--micro-batch-tokens"):
-        given = (run.policy, batch, copies)
-        loss, budget = runs.within_memory(cross_entropy, given, config.micro_batch_tokens, run.optimizer)
+        tokens = ranks.total({"tokens": count_tokens(batch, copies)})["tokens"]
+        loss_of, given = functools.partial(cross_entropy, tokens=tokens), (run.policy, batch, copies)
+        loss, budget = runs.within_memory(loss_of, given, config.micro_batch_tokens, run.optimizer)
+        loss = ranks.total({"loss": loss})["loss"]
         run.lower_micro_batch_tokens(budget)
         ranks.add_gradients(list(run.policy.model.parameters()))
         if not math.isfinite(loss):
             raise NotFinite(f"the loss is {loss}", [{"completion": text} for text in batch.texts])
         norm = runs.descend(run.optimizer, config.clip_grad_norm)
-        tokens = ranks.total({"tokens": int((batch.mask.sum(1) * copies).sum())})["tokens"]
         speed = tokens / (time.perf_counter() - start)
         return run.record({"loss": loss, "grad_norm": norm, "tokens_per_second": speed, "learning_rate": rate})
 
@@ -110,9 +118,10 @@ def validate(run: SFTRun, step: int) -> dict[str, float]:
     """The loss on the validation demonstrations, by which --patience counts."""
     rollout, copies = run.validation
     rows = own_rows(torch.arange(len(copies), device=copies.device))
-    part = (rollout.select(rows), copies[rows])
+    tokens = ranks.total({"tokens": count_tokens(rollout.select(rows), copies[rows])})["tokens"]
     with out_of_memory("--micro-batch-tokens"):
-        loss = cross_entropy(run.policy, *part, run.config.micro_batch_tokens, learn=False)
+        part = (rollout.select(rows), copies[rows], run.config.micro_batch_tokens)
+        loss = ranks.total({"loss": cross_entropy(run.policy, *part, learn=False, tokens=tokens)})["loss"]
     run.note_score(step, -loss)
     run.say(f"step {step}: validation loss {loss:.4f} nats per token")
     return {"validation_loss": loss}

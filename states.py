@@ -94,11 +94,11 @@ def checksums(folder: Path) -> dict[str, str]:
     return sums
 
 
-def load_state(out: Path, models: dict, optimizer: torch.optim.Optimizer) -> Position | None:
+def load_state(out: Path, models: dict, optimizer: torch.optim.Optimizer, write: bool = True) -> Position | None:
     """Restore the newest whole state and return its position, or None if there is no state at all.
 
-    Metrics and samples after it are cut off. A damaged state is named and the one before it taken; raises UserError,
-    before any file is changed, if none is whole.
+    A damaged state is named and the one before it taken. With `write`, what metrics and samples have after it is cut
+    off, and damaged states are removed. Raises UserError, before any file is changed, if none is whole.
     """
     damaged = []
     for step, folder in states(out):
@@ -114,7 +114,7 @@ def load_state(out: Path, models: dict, optimizer: torch.optim.Optimizer) -> Pos
         return None
     logs = [out / name for name in ("metrics.jsonl", "samples.jsonl") if (out / name).exists()]
     kept = {path: lines_until(path, position.step) for path in logs}
-    if ranks.FIRST:
+    if write and ranks.FIRST:
         for text in damaged:
             print(f"damaged: {text}; going on from {folder}", file=sys.stderr)
         for _, other in states(out)[: len(damaged)]:

@@ -248,7 +248,7 @@ FAULTS = [
     Fault(
         "after a resume the reference is the trained policy, not the base",
         "NVIDIA-NeMo/RL#3722",
-        "grpo.py", "    run.restore()\n", "    run.restore()\n    run.reference = run.reference and frozen(policy)\n",
+        "grpo.py", "    run.restore(write=not config.trace)\n", "    run.restore(write=not config.trace)\n    run.reference = run.reference and frozen(policy)\n",
         "grpo::test_resumed_run_is_bitwise_equal_to_the_one_not_interrupted",
     ),
     Fault(

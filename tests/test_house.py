@@ -7,9 +7,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {  # file: its floor, the most lines it may have; the first drawing's number where it is another
-    "grpo.py": (10, 661),  # 480
+    "grpo.py": (10, 657),  # 480
     "explain.py": (7, 95),  # not drawn: what --trace shows
-    "sft.py": (9, 238),  # 200
+    "sft.py": (9, 247),  # 200
     "inference.py": (8, 430),  # 380
     "checkpoints.py": (7, 425),  # 400
     "policy.py": (6, 430),  # 500
@@ -17,7 +17,7 @@ FLOORS = {  # file: its floor, the most lines it may have; the first drawing's n
     "rollouts.py": (4, 145),  # not drawn: policy.py had become 600 lines
     "tasks.py": (4, 460),  # 420, and room for another task
     "rewards.py": (3, 655),  # 520
-    "runs.py": (2, 512),  # 450
+    "runs.py": (2, 508),  # 450
     "states.py": (1, 156),  # not drawn: runs.py had become 640 lines
     "commands.py": (0, 275),  # not drawn: the same
     "ranks.py": (0, 150),

@@ -374,6 +374,34 @@ def test_the_run_that_is_replaced_stays_until_the_new_one_has_a_state(base, tmp_
     assert not (out / states.REPLACED).exists() and (out / "metrics.jsonl").read_bytes() != old
 
 
+def test_a_finished_run_without_states_is_kept_until_the_new_one_has_one(base, tmp_path, monkeypatch):
+    """Somebody has deleted `resume` to save space; and a kill while files were moved leaves the rest to be moved."""
+    monkeypatch.setattr(grpo, "report", lambda run: None)
+    out = tmp_path / "run"
+    grpo.train(settings(base, out))
+    shutil.rmtree(out / "resume")
+    weights = (out / "model.safetensors").read_bytes()
+    (out / states.REPLACED).mkdir()
+    os.replace(out / "samples.jsonl", out / states.REPLACED / "samples.jsonl")
+    runs.start_run(settings(base, out, overwrite=True))
+    assert (out / states.REPLACED / "model.safetensors").read_bytes() == weights
+    names = {"run.json", "metrics.jsonl", "samples.jsonl", "evaluation.json", "model.safetensors"}
+    assert {path.name for path in (out / states.REPLACED).iterdir()} == names
+
+
+def test_a_look_at_a_run_changes_nothing_in_its_folder(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(grpo, "report", lambda run: None)
+    out = tmp_path / "run"
+    grpo.train(settings(base, out))
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "half')  # what the process that trains is writing
+    (out / "resume" / "000004" / "position.json").write_text("{}")
+    files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    run = grpo.prepare(settings(base, out, resume=True, trace=True))
+    assert run.position.step == 2
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == files
+
+
 def test_nobody_elses_code_or_address_is_used_unasked(tmp_path, monkeypatch):
     for name, value in (("rewards", f"{tmp_path}/their.py:mine=1"), ("judge_url", "http://example.com/v1")):
         stored = {"task": "arithmetic", "rewards": "judge=1" if name == "judge_url" else value, name: value}

@@ -74,10 +74,10 @@ def test_a_step_takes_all_demonstrations_of_its_prompts(few_problems, tmp_path, 
     seen = []
     inner = sft.cross_entropy
 
-    def record(policy, batch, copies, *more, learn=True):
+    def record(policy, batch, copies, *more, learn=True, **total):
         if learn:
             seen.append((len(batch.prompts), int(copies.sum())))
-        return inner(policy, batch, copies, *more, learn=learn)
+        return inner(policy, batch, copies, *more, learn=learn, **total)
 
     monkeypatch.setattr(sft, "cross_entropy", record)
     sft.train(SFTConfig(out=str(tmp_path / "a"), copies=3, epochs=1, batch_size=8))
