@@ -288,10 +288,11 @@ def open_policy(config, task: Task, **sampling) -> Policy | None:
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` takes cuda, then mps, then cpu; raises UserError for a device that is not there."""
+    """`auto` takes cuda, then mps, then cpu; each rank a GPU of its own. Raises UserError for one that is not there."""
     if name == "auto":
-        cuda = "cuda" if ranks.WORLD == 1 else f"cuda:{ranks.LOCAL_RANK}"
-        name = cuda if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and ranks.WORLD > 1:
+        name = f"cuda:{ranks.LOCAL_RANK}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -39,6 +39,7 @@ import explain
 import ranks
 import runs
 import sft
+import states
 from checkpoints import choose_device, dry_run, introduce, is_toy, load, open_policy, save
 from commands import NotFinite, UserError, option, out_of_memory
 from inference import evaluate_run, make_scorer, measure_rollout, report, show_number
@@ -256,9 +257,9 @@ def train_step(run: "GRPORun", step: int) -> dict[str, float]:
     with run.unbroken(), out_of_memory("--micro-batch-tokens"):
         advantages = group_advantages(rewards.to(policy.device), algorithm.advantage)  # (4)
         own, advantages = own_groups(rollout, advantages)
-        ref_logp = score_rollout(run.reference, own, config.micro_batch_tokens) if run.reference else None  # (5)
+        ref_logp = run.within_memory(score_rollout, run.reference, own) if run.reference else None  # (5)
         clock.append(time.perf_counter())
-        metrics |= update(policy, run.reference, run.optimizer, own, advantages, ref_logp, config)  # (6)
+        metrics |= update(policy, run.reference, run.optimizer, own, advantages, ref_logp, run.config)  # (6)
         clock.append(time.perf_counter())
         if config.ref_update_every and step % config.ref_update_every == 0:
             run.reference.model.load_state_dict(policy.model.state_dict())
@@ -272,7 +273,8 @@ def sample_groups(run: "GRPORun", examples: list[Example], key: tuple[int, int, 
     size, width = run.config.num_generations, run.config.max_new_tokens
 
     def sample() -> Rollout | None:
-        return run.policy.sample(examples[start:end], size, key, width, first=start) if start < end else None
+        rollout = run.policy.sample(examples[start:end], size, key, width, first=start) if start < end else None
+        return rollout if rollout is None or ranks.WORLD == 1 else rollout.to("cpu")  # to be told to the others
 
     parts = [part.to(run.policy.device) for part in ranks.every(sample) if part is not None]
     return parts[0] if len(parts) == 1 else join(parts)
@@ -330,7 +332,8 @@ def update(
     start, losses, norms, all_sums, all_peaks = None, [], [], Counter(), {}
     for _ in range(config.num_inner_updates):
         if algorithm.advantage == "pairwise":  # which follows the policy as it is now
-            advantages = pairwise_of_all(policy, rollout, order, config)
+            mean_logp, budget = runs.within_memory(mean_log_probs, (policy, rollout), budget, optimizer)
+            advantages = pairwise_of_all(order, mean_logp, algorithm.preference_strength)
         given = (policy, reference, rollout, advantages, ref_logp, start, algorithm, denominator)
         (start, sums, peaks, bad), budget = runs.within_memory(backward, given, budget, optimizer)
         ranks.add_gradients(list(policy.model.parameters()))
@@ -338,7 +341,7 @@ def update(
         losses.append(sums.pop("loss"))
         if not math.isfinite(losses[-1]):
             raise NotFinite(f"the loss is {losses[-1]}", sum(ranks.gather(bad), []))
-        norms.append(runs.descend(optimizer, config.clip_grad_norm))
+        norms.append(runs.descend(optimizer, config.clip_grad_norm, rollout.records(rollout.mask.any(1))))
         all_sums.update(sums)
         all_peaks = {name: max(value, all_peaks.get(name, 0.0)) for name, value in peaks.items()}
     tokens = all_sums.pop("tokens")
@@ -378,15 +381,16 @@ def backward(
         for name, value in stats.items():
             sums[name] += value.item()
         if not loss.isfinite():
-            bad += [{"completion": text} for text in part.texts]
+            strange = ~torch.where(part.mask, logp, 0.0).isfinite().all(1)
+            bad += part.records(strange if strange.any() else ~strange)
     return old_logp, sums, peaks, bad
 
 
-def pairwise_of_all(policy: Policy, rollout: Rollout, order: torch.Tensor, config: "GRPOConfig") -> torch.Tensor:
-    """This rank's rows of what `pairwise_advantages` gives for the groups (P, G) of all ranks."""
-    mean_logp = mean_log_probs(policy, rollout, config.micro_batch_tokens).view_as(order)
-    everywhere = [torch.cat([x.to(order.device) for x in ranks.gather(part)]) for part in (order, mean_logp)]
-    strength, (start, end) = config.resolved_algorithm.preference_strength, ranks.share(len(everywhere[0]))
+def pairwise_of_all(order: torch.Tensor, mean_logp: torch.Tensor, strength: float) -> torch.Tensor:
+    """This rank's rows of what `pairwise_advantages` gives for the groups of all, from this rank's (P, G) and (B,)."""
+    parts = (order, mean_logp.view_as(order))
+    everywhere = [torch.cat([x.to(order.device) for x in ranks.gather(part)]) for part in parts]
+    start, end = ranks.share(len(everywhere[0]))
     return pairwise_advantages(*everywhere, strength)[start:end]
 
 
@@ -500,7 +504,7 @@ def show_group(run: GRPORun, step: int) -> None:
     group = []
     for text, reward in zip(rollout.texts, rewards[0].tolist(), strict=True):
         group.append({"step": step, "question": examples[0].question, "completion": text, "reward": reward})
-    commands.append_json(run.out / "samples.jsonl", *group)
+    run.append("samples.jsonl", *group)
     run.say(f"  {commands.printable(examples[0].question)} The best and the worst of {len(group)}:")
     for choose in (max, min):
         row = choose(group, key=lambda row: row["reward"])
@@ -571,7 +575,7 @@ def prepare(config: GRPOConfig) -> GRPORun:
     config, policy, data, rewards, pins = checked(config, task)
     algorithm = config.resolved_algorithm
     if not config.trace:
-        runs.start_run(config, algorithm=dataclasses.asdict(algorithm), revision=getattr(policy, "revision", None))
+        states.start_run(config, algorithm=dataclasses.asdict(algorithm), revision=getattr(policy, "revision", None))
     if policy is None and not config.resume:
         print(f"no --model: first a toy base policy, fine-tuned into {out / 'base'}, about two minutes on two cores")
     completions = f"{config.batch_size} x {config.num_generations} completions"
@@ -591,7 +595,7 @@ def prepare(config: GRPOConfig) -> GRPORun:
         task=task, data=data, rewards=rewards, reference=reference,
     )  # fmt: skip
     if not config.trace:
-        runs.pin(config, **pins | {"model": runs.digest_of(policy.model)})
+        states.pin(config, **pins | {"model": states.digest_of(policy.model)})
     if config.resume or not config.trace:  # whose --out may hold another run
         run.restore(write=not config.trace)
     if run.position.best_step is None and not config.trace:
@@ -623,10 +627,10 @@ def checked(config: GRPOConfig, task: Task) -> tuple[GRPOConfig, Policy | None, 
     data = load_task(task, chat, *sizes, data=config.data)
     rewards.check_columns(config.task, data["train"][0].columns)
     data = policy.fitting(data, config.max_new_tokens) if policy else data
-    pins = {"data": runs.digest_of(data={"train": data["train"]})}  # --eval-limit may change
+    pins = {"data": states.digest_of(data={"train": data["train"]})}  # --eval-limit may change
     if config.scorer:
         scorer = load(config.scorer, device, config.dtype)
-        pins["scorer"] = runs.digest_of(scorer.model)
+        pins["scorer"] = states.digest_of(scorer.model)
         rewards.take_scorer(make_scorer(config, scorer))
     base = Path(config.out) / "base"
     if policy is None and not (config.resume or config.overwrite) and base.exists():

@@ -420,7 +420,7 @@ def answer_lines(config: InferenceConfig, policies: dict[str, Policy]) -> int:
         try:
             answer_question(config, line, policies)
         except UserError as error:
-            print(f"inference.py: error: {error}", file=sys.stderr)
+            print(f"inference.py: error: {printable(str(error))}", file=sys.stderr)
             status = 2
     return status
 

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from attention import Packed
-from commands import NotFinite, UserError, printable
+from commands import UserError, printable
 from model_toy import Llama, prepacked
 from policy_gaussian import GaussianPolicy
-from rollouts import Rollout, micro_batches, row_uniforms
+from rollouts import Rollout, checked, micro_batches, row_uniforms
 from tasks import Example
 
 
@@ -170,6 +170,7 @@ class TokenPolicy:
         end = self.end_ids[0] if self.tokenizer.eos_token_id is None else self.tokenizer.eos_token_id
         ids = [row + [end] for row in self.tokenizer(texts, add_special_tokens=False).input_ids]
         rollout = self.pack(self.encode([example.prompt for example in examples]), ids, texts, groups)
+        rollout.questions = [example.question for example in examples]
         copies, room = torch.tensor(counts, device=self.device), self.model.max_length
         fits = rollout.prompt_mask.sum(1)[rollout.group] + rollout.mask.sum(1) <= room
         if not fits.all():
@@ -204,7 +205,7 @@ class TokenPolicy:
 
         Each prompt is prefilled once, what all begin with once for all, and its cache shared by its group. Greedy takes
         the likeliest token, whatever the temperature. There is no exploration noise if greedy, nor without `explore`.
-        Raises NotFinite if the model's log-probabilities are not finite.
+        Raises NotFinite if the log-probabilities are not finite.
         """
         encoded = self.encode([example.prompt for example in examples])
         longest, room = max(map(len, encoded)), self.model.max_length
@@ -224,8 +225,6 @@ class TokenPolicy:
             hidden, key_mask = actor.prefill(packed, cache)  # (P, C)
             cache.share(group, max_new_tokens - 1, key_mask)
             decoded = actor.decode(hidden[group], cache, lengths, uniforms, choose, noise)
-        if not decoded[2].isfinite().all():
-            raise NotFinite("the model's log-probabilities are not finite")
         width = int(decoded[1].sum(1).max())
         actions, mask, logp = (x[:, :width].contiguous() for x in decoded)
         last = actions.gather(1, mask.sum(1, keepdim=True) - 1)[:, 0]
@@ -234,7 +233,8 @@ class TokenPolicy:
             packed, group=group, actions=actions, mask=mask, sampler_logp=logp, truncated=truncated
         )
         rollout.texts = self.tokenizer.batch_decode(rollout.completion_ids, skip_special_tokens=True)
-        return rollout
+        rollout.questions = [example.question for example in examples]
+        return checked(rollout)
 
     def prefill(self, rollout: Rollout, cache) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Read the prompts into an empty cache, and once what all of them begin with.

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from commands import NotFinite, UserError, printable
+from commands import UserError, printable
 from rewards import to_number
-from rollouts import Rollout, row_uniforms
+from rollouts import Rollout, checked, row_uniforms
 from tasks import Example
 
 
@@ -126,7 +126,9 @@ class GaussianPolicy:
             return None
         prompts = torch.tensor(self.encode([prompt for prompt, _ in pairs]), device=self.device)
         actions = torch.tensor(values, dtype=torch.float32, device=self.device)[:, None]
-        return self.rollout(prompts, 1, actions, [text for _, text in pairs]), torch.ones_like(actions[:, 0])
+        rollout = self.rollout(prompts, 1, actions, [text for _, text in pairs])
+        rollout.questions = [prompt for prompt, _ in pairs]
+        return rollout, torch.ones_like(actions[:, 0])
 
     def rollout(self, prompts: torch.Tensor, group_size: int, actions: torch.Tensor, texts: list[str]) -> Rollout:
         """A rollout of prompts (P, 2) and of actions (B, 1), `group_size` for each prompt; all there is is real."""
@@ -157,9 +159,8 @@ class GaussianPolicy:
         actions = (mean if greedy else mean + self.exploration_noise * normal)[:, None]
         rollout = self.rollout(pairs, group_size, actions, [f"{value:.4f}" for value in actions[:, 0].tolist()])
         rollout.sampler_logp = self.log_probs(rollout)[0]
-        if not rollout.sampler_logp.isfinite().all():
-            raise NotFinite("the model's log-probabilities are not finite")
-        return rollout
+        rollout.questions = [example.question for example in examples]
+        return checked(rollout)
 
     def log_probs(self, rollout: Rollout, entropy: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-densities (B, 1) of the actions, with gradient, and entropies (B, 1) in nats."""

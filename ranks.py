@@ -20,6 +20,13 @@ RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 FIRST = RANK == 0  # writes and prints
 
 
+def launch() -> str:
+    """What tells this launch by torchrun, restarts included, from every other."""
+    names = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
+    here = [os.getppid()] if os.environ.get("LOCAL_WORLD_SIZE") == str(WORLD) else []  # on one machine
+    return " ".join(map(str, [*(os.environ.get(name, "") for name in names), *here]))
+
+
 def begin(seconds: float = 1800.0) -> None:
     """Meet the other ranks, if there are any; one that is silent for so many seconds ends the others."""
     if WORLD > 1 and not dist.is_initialized():
@@ -100,6 +107,8 @@ def add_gradients(weights: Sequence[torch.nn.Parameter]) -> None:
     """Sum the gradients of every rank, each that of its own rows over the denominator of all rows."""
     if WORLD == 1:
         return
+    used = [any(ranks) for ranks in zip(*gather([weight.grad is not None for weight in weights]), strict=True)]
+    weights = [weight for weight, somewhere in zip(weights, used, strict=True) if somewhere]
     for weight in weights:
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)

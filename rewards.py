@@ -540,8 +540,8 @@ class Rewards:
         None where one of the functions has no value, so that an outage is no bad score.
         """
         total: list[float | None] = [0.0] * len(given["completions"])
-        for function, weight in self.mix.values():
-            with time_limit(self.seconds, "function"):
+        for name, (function, weight) in self.mix.items():
+            with time_limit(self.seconds, name):
                 values = function(**accepted(function, given | self.inputs | {"state": {}}))
             pairs = zip(total, values, strict=True)
             total = [None if value is None or part is None else part + weight * value for part, value in pairs]
@@ -601,19 +601,29 @@ def first_failure(function: RewardFunction, columns: dict[str, list], extra: dic
     return None
 
 
+class TookTooLong(BaseException):
+    """The alarm of `time_limit`."""
+
+
 @contextlib.contextmanager
 def time_limit(seconds: float, name: str):
-    """Raise UserError where a reward takes longer; only in the main thread, and where the system has an alarm."""
+    """Raise UserError where a reward takes longer; only in the main thread, and where the system has an alarm.
+
+    The alarm is no Exception, and comes again each second, lest a reward that catches whatever comes goes on for ever.
+    """
     able = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
 
     def late(number, frame):
-        raise UserError(f"reward {name} took more than {seconds:g} s for one batch; raise --reward-timeout, or mend it")
+        raise TookTooLong
 
     before = signal.signal(signal.SIGALRM, late) if able else None
     try:
         if able:
-            signal.setitimer(signal.ITIMER_REAL, seconds)
+            signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
         yield
+    except TookTooLong:
+        what = f"reward {name} took more than {seconds:g} s for one batch"
+        raise UserError(f"{what}; raise --reward-timeout, or mend it") from None
     finally:
         if able:
             signal.setitimer(signal.ITIMER_REAL, 0)

@@ -7,13 +7,14 @@ T completion tokens after right padding.
 import dataclasses
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from attention import Cache
+from commands import NotFinite
 
 
 @dataclass
@@ -28,6 +29,7 @@ class Rollout:
     sampler_logp: torch.Tensor  # (B, T) float32 or wider, the sampler's own log-probabilities
     truncated: torch.Tensor  # (B,) bool, cut by the length limit
     texts: list[str]  # (B,) completions without special tokens
+    questions: list[str] = field(default_factory=list)  # (P,), or none where nothing is trained
 
     def select(self, rows: torch.Tensor) -> "Rollout":
         """The rollout of some rows (int64 indices), with only their prompts and no more padding than they need."""
@@ -43,7 +45,13 @@ class Rollout:
             sampler_logp=self.sampler_logp[rows, :width],
             truncated=self.truncated[rows],
             texts=[self.texts[row] for row in rows.tolist()],
+            questions=[self.questions[prompt] for prompt in prompts.tolist() if self.questions],
         )
+
+    def records(self, chosen: torch.Tensor) -> list[dict]:
+        """Question and completion of chosen rows (B,) bool, as samples.jsonl keeps them."""
+        rows, groups = chosen.nonzero()[:, 0].tolist(), self.group.tolist()
+        return [{"question": self.questions[groups[row]], "completion": self.texts[row]} for row in rows]
 
     def to(self, device: torch.device) -> "Rollout":
         """The rollout with every tensor on `device`."""
@@ -68,6 +76,14 @@ class Rollout:
         return [ids[:size] for ids, size in zip(self.actions.tolist(), self.mask.sum(1).tolist(), strict=True)]
 
 
+def checked(rollout: Rollout) -> Rollout:
+    """The rollout, if the sampler's log-probabilities are finite; raises NotFinite with the rows where they are not."""
+    strange = ~rollout.sampler_logp.isfinite().all(1)
+    if strange.any():
+        raise NotFinite("the model's log-probabilities are not finite", rollout.records(strange))
+    return rollout
+
+
 def join(rollouts: Sequence[Rollout]) -> Rollout:
     """One rollout of several, padded to the widest."""
 
@@ -83,6 +99,7 @@ def join(rollouts: Sequence[Rollout]) -> Rollout:
         group=torch.cat([rollout.group + start for rollout, start in zip(rollouts, starts, strict=False)]),
         truncated=torch.cat([rollout.truncated for rollout in rollouts]),
         texts=[text for rollout in rollouts for text in rollout.texts],
+        questions=[question for rollout in rollouts for question in rollout.questions],
     )
 
 

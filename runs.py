@@ -1,4 +1,4 @@
-"""What everything that trains shares: settings, a run's folder, its states, and the bookkeeping of its loop.
+"""What everything that trains shares: settings, the bookkeeping of its loop, and steps that memory has room for.
 
 Randomness is a function of seed and step, so weights, optimizer and `Position` are a run's whole state.
 """
@@ -6,14 +6,9 @@ Randomness is a function of seed and step, so weights, optimizer and `Position` 
 import contextlib
 import copy
 import dataclasses
-import hashlib
-import importlib.metadata
 import json
 import math
-import os
-import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
@@ -35,9 +30,8 @@ from commands import (
     option,
     parser_for,
     read_json,
-    write_json,
 )
-from states import REPLACED, Position, load_state, save_state, states
+from states import FORMAT, Position, load_state, note_stretch, save_state, states
 
 
 @dataclass(frozen=True)
@@ -92,10 +86,14 @@ def parse_settings(settings: type, description: str, examples: str):
     parser = parser_for(settings, description, examples)
     arguments = parser.parse_args()
     path = Path(arguments.out) / "run.json"
-    if arguments.resume or (ranks.RESTARTS and path.is_file()):
+    if arguments.resume or is_restart(path):
         if not path.is_file():
             raise UserError(f"--resume: {arguments.out!r} holds no run; leave out --resume to start one")
-        stored, known = read_json(path).get("settings"), {f.name: f for f in fields(settings)}
+        run, known = read_json(path), {f.name: f for f in fields(settings)}
+        stored = run.get("settings")
+        if run.get("format") != FORMAT:
+            can = "inference.py evaluates it, plot_metrics.py draws it, and --model starts from its weights"
+            raise UserError(f"--resume: the run in {arguments.out!r} is of another version of this program; {can}")
         if not isinstance(stored, dict) or "task" not in stored or not stored.keys() <= known.keys():
             raise UserError(f"--resume: {path} does not hold the settings of such a run; start again with --overwrite")
         stored = {name: f.default for name, f in known.items()} | stored  # an older run lacks newer settings
@@ -111,6 +109,11 @@ def parse_settings(settings: type, description: str, examples: str):
     return settings(**vars(arguments))
 
 
+def is_restart(path: Path) -> bool:
+    """Whether torchrun has started this process again, and the run of this run.json is the one that it had begun."""
+    return bool(ranks.RESTARTS) and path.is_file() and read_json(path).get("launch") == ranks.launch()
+
+
 def refuse_strange_code(stored: dict, given) -> None:
     """Raise UserError where a stored run would run a file, or send a key to an address, that the user did not name."""
     rewards, url = stored.get("rewards"), stored.get("judge_url")
@@ -121,116 +124,6 @@ def refuse_strange_code(stored: dict, given) -> None:
         if value is not None and getattr(given, name) is None:
             what = f"the run in {given.out!r} would {does} that only it names"
             raise UserError(f"--resume: {what}; if you trust it, add {flag_of(name)} {value}")
-
-
-def about_machine() -> dict:
-    """Versions, threads and commit, as run.json keeps them."""
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")}
-    python = sys.version.split()[0]
-    return {"versions": versions, "python": python, "threads": torch.get_num_threads(), "git_commit": commit}
-
-
-LOCKS = {}  # open files by folder: the lock ends with the process
-
-
-def lock(out: Path) -> None:
-    """Keep other processes from writing into a run's folder for as long as this one lives; raises UserError."""
-    try:
-        import fcntl
-    except ImportError:  # not on every system
-        return
-    if out in LOCKS:
-        return
-    file = open(out / ".lock", "w")  # noqa: SIM115 - held open, which is the lock
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
-        mend = "wait for it, or name another folder"
-        raise UserError(f"--out: another process writes into {str(out)!r}; {mend}") from error
-    LOCKS[out] = file
-
-
-RUN_FILES = ("run.json", "metrics.jsonl", "samples.jsonl", "evaluation.json", "model.safetensors", "resume")
-
-
-def start_run(config: RunSettings, **more) -> None:
-    """Make the folder --out with its run.json, or note there that a run goes on; raises UserError.
-
-    To be called when all else has been checked: with --overwrite the run that is there is moved aside.
-    """
-    ranks.begin()
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
-        torch.use_deterministic_algorithms(True)
-    ranks.gather(None)  # every rank has checked what it found there
-    ranks.first(open_folder, config, more)
-
-
-def open_folder(config: RunSettings, more: dict) -> None:
-    """Make the folder, or note that its run goes on; raises UserError."""
-    out, settings = Path(config.out), dataclasses.asdict(config)
-    if config.resume:
-        lock(out)
-        stored = read_json(out / "run.json")
-        stretch = {"step": max((step for step, _ in states(out)), default=0), **about_machine()}
-        stretches = [*stored.get("resumed", []), stretch]
-        write_json(out / "run.json", stored | {"settings": settings, "resumed": stretches})
-        return
-    for name in ("model", "scorer", "data"):
-        path = Path(getattr(config, name, None) or "/").resolve()
-        if path == out.resolve() or (out.resolve() in path.parents and path.name != "base"):
-            raise UserError(f"--out: {config.out!r} holds --{name} itself, which must stay; name another folder")
-    held = [name for name in (*RUN_FILES, "config.json") if (out / name).exists()]
-    if held and not config.overwrite:
-        raise UserError(f"--out: {config.out!r} already holds a run; --resume continues it, --overwrite replaces it")
-    if held and "run.json" not in held:
-        raise UserError(f"--out: {config.out!r} holds {held[0]} but no run, and stays as it is; name another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    lock(out)
-    aside, lasts = out / REPLACED, bool(states(out))
-    kept = (aside / "run.json").exists()  # a whole run, by one that never had a state
-    if kept and lasts:
-        shutil.rmtree(aside)
-    if held:
-        aside.mkdir(exist_ok=True)
-    for path in [out / name for name in reversed(RUN_FILES) if (out / name).exists()]:  # run.json last
-        if lasts or not kept:
-            os.replace(path, aside / path.name)
-        elif path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-    write_json(out / "run.json", {"settings": settings, **more, **about_machine()})
-
-
-def pin(config: RunSettings, **digests: str) -> None:
-    """Keep in run.json what the run starts from; raises UserError where a resumed run finds something else."""
-
-    def compare() -> None:
-        path = Path(config.out) / "run.json"
-        stored = read_json(path)
-        pinned = stored.get("starts_from", {})
-        for name, digest in digests.items():
-            if pinned.get(name, digest) != digest:
-                what = f"{flag_of(name)} is not what the run was made with"
-                raise UserError(f"--resume: {what}; restore it, or start another run")
-        write_json(path, stored | {"starts_from": digests | pinned})
-
-    ranks.first(compare)
-
-
-def digest_of(model=None, data: dict | None = None) -> str:
-    """SHA-256 of a model's weights, or of the examples of each split."""
-    digest = hashlib.sha256()
-    for name, weight in sorted(model.weights().items()) if model is not None else ():
-        digest.update(name.encode())
-        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    for split, examples in (data or {}).items():
-        digest.update(f"{split}: {examples}".encode())
-    return digest.hexdigest()
 
 
 ENDS = (signal.SIGINT, signal.SIGTERM)
@@ -257,6 +150,7 @@ class Run:
     settled: Position | None = None  # what the weights in memory belong to; None from an optimizer step to its record
     stopped: str | None = None  # why training ends early, in words
     warned: set = field(default_factory=set)
+    unwritten: dict[str, list[dict]] = field(default_factory=dict)  # lines by file, while the disk is full
     signal: int = 0
     save_asked: bool = False
     busy: bool = False  # where a signal has to wait
@@ -330,7 +224,7 @@ class Run:
         """Save the state that the weights in memory are, if they are one; what to go on from, in words."""
         if self.settled is not None and (self.settled.step or self.settled.best_step is not None):
             try:
-                save_state(self.out, self.settled, self.models, self.optimizer) if ranks.FIRST else None
+                self.save_state()
             except OSError as error:
                 print(f"no state saved: {describe(error)}", file=sys.stderr)
         kept = states(self.out)
@@ -339,9 +233,11 @@ class Run:
     def steps(self) -> Iterator[int]:
         """The numbers of the steps that are left: to the last, to a signal, or to a reason, which is printed."""
         self.stopped = self.reason_to_stop(self.last_metrics())
-        while self.position.step < self.last_step and not self.stopped:
+        while True:
             if ranks.WORLD > 1 and (number := int(max(ranks.gather(self.signal)))):
                 raise KeyboardInterrupt(number)
+            if self.position.step >= self.last_step or self.stopped:
+                break
             yield self.position.step + 1
         if self.stopped:
             self.say(f"stopped after step {self.position.step}: {self.stopped}")
@@ -351,7 +247,7 @@ class Run:
 
         Where the run was stopped after the step's update, they are those that it had measured.
         """
-        position = self.position
+        position, before = self.position, copy.deepcopy(self.position.reward_state)
         if position.updated:
             return position.updated
         try:
@@ -359,10 +255,8 @@ class Run:
             position.bad_steps = 0
         except NotFinite as error:
             self.optimizer.zero_grad()
-            position.bad_steps += 1
-            if ranks.FIRST:
-                rows = ({"step": step, "skipped": error.what} | row for row in error.rows)
-                append_json(self.out / "samples.jsonl", *rows)
+            position.bad_steps, position.reward_state = position.bad_steps + 1, before
+            self.append("samples.jsonl", *({"step": step, "skipped": error.what} | row for row in error.rows))
             if position.bad_steps >= self.config.max_bad_steps:
                 many = f"{position.bad_steps} steps in a row were skipped (--max-bad-steps), the last since {error}"
                 raise UserError(f"{many}; lower --learning-rate, or look at samples.jsonl") from error
@@ -370,11 +264,38 @@ class Run:
             metrics = {"skipped": 1.0}
         return metrics
 
+    def append(self, name: str, *values: dict) -> None:
+        """Append lines to a file of the run; where the disk is full they wait until the next are written."""
+        self.unwritten.setdefault(name, []).extend(values if ranks.FIRST else ())
+        try:
+            self.write_lines()
+        except OSError as error:
+            self.say(f"warning: lines wait to be written: {describe(error)}", file=sys.stderr)
+
+    def write_lines(self) -> None:
+        """Write the lines that wait; raises OSError."""
+        for name, lines in self.unwritten.items():
+            if lines:
+                append_json(self.out / name, *lines)
+            lines.clear()
+
+    def save_state(self) -> None:
+        """Write the state that the weights in memory are, after the lines that wait; raises OSError."""
+        self.write_lines()
+        if ranks.FIRST:
+            save_state(self.out, self.settled, self.models, self.optimizer)
+
     def record(self, metrics: dict[str, float]) -> dict[str, float]:
         """Note what a step measured once its update is done, so that a run that is stopped has not lost it."""
         self.position.updated = metrics
         self.settled = copy.deepcopy(self.position)
         return metrics
+
+    def within_memory(self, function: Callable, *given):
+        """What `function(*given, micro_batch_tokens)` gives, with as many tokens a pass as memory has room for."""
+        result, tokens = within_memory(function, given, self.config.micro_batch_tokens, self.optimizer)
+        self.lower_micro_batch_tokens(tokens)
+        return result
 
     def lower_micro_batch_tokens(self, tokens: int) -> None:
         """Go on with passes of so many tokens, if a step found that more do not fit into memory."""
@@ -393,7 +314,7 @@ class Run:
 
         failed = ranks.first(attempt)
         if failed:
-            self.position.best_score = -math.inf
+            self.position.best_step, self.position.best_score = self.settled.best_step or 0, -math.inf
             self.say(f"warning: the best checkpoint is not saved: {failed}", file=sys.stderr)
 
     def is_due(self, step: int, every: int) -> bool:
@@ -404,8 +325,7 @@ class Run:
         """End a step: a line of metrics.jsonl, the progress bar, warnings, a state to resume from, an early stop."""
         with self.unbroken():
             self.position.step, self.position.updated = step, {}
-            if ranks.FIRST:
-                append_json(self.out / "metrics.jsonl", {"step": step, **metrics})
+            self.append("metrics.jsonl", {"step": step, **metrics})
             self.settled = copy.deepcopy(self.position)
             self.warn(metrics)
             self.stopped = self.reason_to_stop(metrics)
@@ -456,8 +376,7 @@ class Run:
     def save(self) -> None:
         """Save a state; where that fails the run goes on without, and tries again when the next is due."""
         try:
-            if ranks.FIRST:
-                save_state(self.out, self.settled, self.models, self.optimizer)
+            self.save_state()
         except OSError as error:
             self.say(f"warning: step {self.settled.step}: no state saved: {describe(error)}", file=sys.stderr)
 
@@ -472,7 +391,10 @@ class Run:
         elif write and ranks.FIRST:
             for name in ("metrics.jsonl", "samples.jsonl"):
                 (self.out / name).unlink(missing_ok=True)
-        ranks.gather(None)  # no rank reads on before that
+        if len(set(ranks.gather((self.position.folder, self.position.best_step)))) > 1:
+            raise UserError(f"--out: the processes find different states in {str(self.out)!r}; let all see one folder")
+        if write and self.config.resume:
+            ranks.first(note_stretch, self.config, self.position.step)
 
 
 def adamw(model, weight_decay: float) -> torch.optim.AdamW:
@@ -480,15 +402,15 @@ def adamw(model, weight_decay: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
 
 
-def descend(optimizer: torch.optim.Optimizer, largest: float) -> float:
-    """Take an optimizer step along the clipped gradient, clear it, and return its norm before clipping.
+def descend(optimizer: torch.optim.Optimizer, largest: float, rows: list[dict]) -> float:
+    """Take an optimizer step along the clipped gradient of some rows, clear it, and return its norm before clipping.
 
     Raises NotFinite, before the optimizer moves, if that is no number.
     """
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(weights, largest).item()
     if not math.isfinite(norm):
-        raise NotFinite(f"the norm of the gradient is {norm}")
+        raise NotFinite(f"the norm of the gradient is {norm}", sum(ranks.gather(rows), []))
     optimizer.step()
     optimizer.zero_grad()
     return norm

@@ -24,6 +24,7 @@ import torch
 import commands
 import ranks
 import runs
+import states
 from checkpoints import choose_device, introduce, is_toy, open_policy, save
 from commands import NotFinite, UserError, option, out_of_memory
 from inference import evaluate, results_table
@@ -96,14 +97,12 @@ def train_step(run: SFTRun, step: int) -> dict[str, float]:
     rate = run.optimizer.param_groups[0]["lr"] = learning_rate_at(config, step, run.last_step)
     with run.unbroken(), out_of_memory("--micro-batch-tokens"):
         tokens = ranks.total({"tokens": count_tokens(batch, copies)})["tokens"]
-        loss_of, given = functools.partial(cross_entropy, tokens=tokens), (run.policy, batch, copies)
-        loss, budget = runs.within_memory(loss_of, given, config.micro_batch_tokens, run.optimizer)
-        loss = ranks.total({"loss": loss})["loss"]
-        run.lower_micro_batch_tokens(budget)
+        loss = run.within_memory(functools.partial(cross_entropy, tokens=tokens), run.policy, batch, copies)
+        loss, rows_of_step = ranks.total({"loss": loss})["loss"], batch.records(batch.mask.any(1))
         ranks.add_gradients(list(run.policy.model.parameters()))
         if not math.isfinite(loss):
-            raise NotFinite(f"the loss is {loss}", [{"completion": text} for text in batch.texts])
-        norm = runs.descend(run.optimizer, config.clip_grad_norm)
+            raise NotFinite(f"the loss is {loss}", sum(ranks.gather(rows_of_step), []))
+        norm = runs.descend(run.optimizer, config.clip_grad_norm, rows_of_step)
         speed = tokens / (time.perf_counter() - start)
         return run.record({"loss": loss, "grad_norm": norm, "tokens_per_second": speed, "learning_rate": rate})
 
@@ -197,10 +196,10 @@ def prepare(config: SFTConfig) -> SFTRun:
     if None in demonstrations.values():
         raise UserError(f"--task {task.name} has no demonstrations that fit the model; take other --data or a --model")
     count = len(demonstrations["train"][0].prompts)
-    if count < ranks.WORLD or config.batch_size < ranks.WORLD:
-        raise UserError(f"--batch-size is {config.batch_size}; {ranks.WORLD} processes need as many prompts at least")
-    runs.start_run(config)
-    runs.pin(config, model=runs.digest_of(policy.model), data=runs.digest_of(data=data))
+    if min(count, config.batch_size, len(demonstrations["validation"][1])) < ranks.WORLD:
+        raise UserError(f"{ranks.WORLD} processes need a --batch-size, and demonstrations, of as many at least")
+    states.start_run(config, revision=getattr(policy, "revision", None))
+    states.pin(config, model=states.digest_of(policy.model), data=states.digest_of(data=data))
     steps = max(1, round(config.epochs * count / config.batch_size))
     run = SFTRun(
         config=config, policy=policy, optimizer=runs.adamw(policy.model, config.weight_decay), last_step=steps,

@@ -1,11 +1,16 @@
-"""A run's states: what continuing it needs, written whole, checked by checksums, the newest whole one taken."""
+"""A run's folder: who may write there, run.json, and the states that continuing it needs.
+
+A state is written whole and checked by checksums, and the newest whole one is taken.
+"""
 
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import math
 import os
 import shutil
+import subprocess
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -16,6 +21,7 @@ import ranks
 from commands import (
     UserError,
     atomic_write,
+    flag_of,
     load_tensors,
     load_weights,
     read_json,
@@ -24,7 +30,141 @@ from commands import (
     write_json,
 )
 
+FORMAT = 1  # of run.json and of states; another number means that this code cannot continue them
 REPLACED = ".replaced"  # where --overwrite keeps the old run until the new one has a state of its own
+
+
+def about_machine() -> dict:
+    """Versions, threads and commit, as run.json keeps them."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")}
+    python = sys.version.split()[0]
+    return {"versions": versions, "python": python, "threads": torch.get_num_threads(), "git_commit": commit}
+
+
+LOCKS = {}  # open files by folder: the lock ends with the process
+
+
+def lock(out: Path) -> None:
+    """Keep other processes from writing into a run's folder for as long as this one lives; raises UserError."""
+    try:
+        import fcntl
+    except ImportError:  # not on every system
+        return
+    if out in LOCKS:
+        return
+    file = open(out / ".lock", "w")  # noqa: SIM115 - held open, which is the lock
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        mend = "wait for it, or name another folder"
+        raise UserError(f"--out: another process writes into {str(out)!r}; {mend}") from error
+    LOCKS[out] = file
+
+
+RUN_FILES = ("run.json", "metrics.jsonl", "samples.jsonl", "evaluation.json", "model.safetensors", "resume")
+CHECKPOINT_FILES = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "chat_template.jinja"),
+)
+
+
+def start_run(config, **more) -> None:
+    """Open the folder --out, and make its run.json unless a run goes on there; raises UserError.
+
+    To be called when all else has been checked: with --overwrite the run that is there is moved aside.
+    """
+    ranks.begin(max(1800.0, 2 * getattr(config, "reward_timeout", 0.0)))
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
+        torch.use_deterministic_algorithms(True)
+    ranks.gather(None)  # every rank has checked what it found there
+    ranks.first(open_folder, config, more)
+
+
+def open_folder(config, more: dict) -> None:
+    """Lock the folder, move aside what --overwrite replaces, and make run.json; raises UserError."""
+    out = Path(config.out)
+    if config.resume:
+        return lock(out)
+    inside = []  # what the run is made of and lies in the folder
+    for name in ("model", "scorer", "data"):
+        path = Path(getattr(config, name, None) or "/").resolve()
+        inside += [path.name] * (out.resolve() in path.parents)
+        if path == out.resolve() or inside not in ([], ["base"]):
+            raise UserError(f"--out: {config.out!r} holds --{name} itself, which must stay; name another folder")
+    held = [name for name in (*RUN_FILES, "config.json") if (out / name).exists()]
+    if held and not config.overwrite:
+        raise UserError(f"--out: {config.out!r} already holds a run; --resume continues it, --overwrite replaces it")
+    if held and "run.json" not in held:
+        raise UserError(f"--out: {config.out!r} holds {held[0]} but no run, and stays as it is; name another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    lock(out)
+    move_aside(out, ["base"] * (not inside))
+    settings, version = dataclasses.asdict(config), {"format": FORMAT, "launch": ranks.launch()}
+    write_json(out / "run.json", {"settings": settings, **more, **about_machine(), **version})
+
+
+def move_aside(out: Path, more: list[str]) -> None:
+    """Move a run's files to `.replaced`, which goes when the new run has a state; run.json last.
+
+    What lies there already is kept where it is a whole run, moved there for one that never came to a state.
+    """
+    aside = out / REPLACED
+    if (aside / "run.json").exists() and states(out):
+        shutil.rmtree(aside)
+    if not (out / "run.json").exists():
+        return
+    kept = (aside / "run.json").exists()
+    aside.mkdir(exist_ok=True)
+    for path in [out / name for name in (*more, *CHECKPOINT_FILES, *reversed(RUN_FILES))]:
+        if path.exists() and not kept:
+            os.replace(path, aside / path.name)
+        elif path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def pin(config, **digests: str) -> None:
+    """Keep in run.json what the run starts from; raises UserError where a resumed run finds something else."""
+
+    def compare() -> None:
+        path = Path(config.out) / "run.json"
+        stored = read_json(path)
+        pinned = stored.get("starts_from", {})
+        for name, digest in digests.items():
+            if pinned.get(name, digest) != digest:
+                what = f"{flag_of(name)} is not what the run was made with"
+                raise UserError(f"--resume: {what}; restore it, or start another run")
+        if not pinned.keys() >= digests.keys():
+            write_json(path, stored | {"starts_from": digests | pinned})
+
+    for name, digest in digests.items():
+        if set(ranks.gather(digest)) != {digest}:
+            raise UserError(f"{flag_of(name)} is not the same for all processes; give each the same files")
+    ranks.first(compare)
+
+
+def note_stretch(config, step: int) -> None:
+    """Keep in run.json that a run goes on from a step, with what settings, and on which machine."""
+    path, settings = Path(config.out) / "run.json", dataclasses.asdict(config)
+    stored = read_json(path)
+    stretches = [*stored.get("resumed", []), {"step": step, **about_machine()}]
+    write_json(path, stored | {"settings": settings, "resumed": stretches, "launch": ranks.launch()})
+
+
+def digest_of(model=None, data: dict | None = None) -> str:
+    """SHA-256 of a model's weights, or of the examples of each split."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.weights().items()) if model is not None else ():
+        digest.update(name.encode())
+        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    for split, examples in (data or {}).items():
+        digest.update(f"{split}: {examples}".encode())
+    return digest.hexdigest()
 
 
 @dataclass
@@ -74,7 +214,7 @@ def save_state(out: Path, position: Position, models: dict, optimizer: torch.opt
                 os.link(out / "model.safetensors", partial / "best.safetensors")
             except OSError:  # a file system without hard links
                 shutil.copyfile(out / "model.safetensors", partial / "best.safetensors")
-        write_json(partial / "checksums.json", checksums(partial))
+        write_json(partial / "checksums.json", {"format": FORMAT, **checksums(partial)})
         os.replace(partial, folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -128,7 +268,10 @@ def load_state(out: Path, models: dict, optimizer: torch.optim.Optimizer, write:
 
 def read_state(folder: Path, step: int, models: dict, optimizer: torch.optim.Optimizer) -> Position:
     """The position of a state, its tensors given to models and optimizer; raises an error that says what is damaged."""
-    if read_json(folder / "checksums.json") != checksums(folder):
+    known = read_json(folder / "checksums.json")
+    if known.pop("format", 0) != FORMAT:
+        raise ValueError("it is of another version of this program")
+    if known != checksums(folder):
         raise ValueError("its files are not those that checksums.json knows")
     stored = read_json(folder / "position.json")
     for f in fields(Position):

@@ -259,11 +259,18 @@ def test_less_memory_is_said_once_and_kept_for_the_steps_that_follow(base, tmp_p
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(*given)
 
+    def score(policy, rollout, tokens):
+        if tokens > 10000:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return scored(policy, rollout, tokens)
+
+    scored = grpo.score_rollout
     with pytest.MonkeyPatch.context() as patch, run:
         patch.setattr(grpo, "backward", backward)
+        patch.setattr(grpo, "score_rollout", score)
         for step in (1, 2):
             run.log(step, run.attempt(grpo.train_step, step))
-    assert asked == [16384, 8192, 4096, 4096]
+    assert asked == [8192, 4096, 4096]  # after 8192 that scoring the reference had come to
     assert capsys.readouterr().err.count("out of memory: from here on --micro-batch-tokens 4096") == 1
 
 
@@ -295,9 +302,71 @@ def test_what_is_not_finite_skips_the_step_keeps_its_rows_and_after_too_many_sto
     assert [line.get("skipped") for line in lines] == [None, 1.0, 1.0]
     rows = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
     skipped = [row for row in rows if row.get("skipped") == "the loss is nan"]
-    assert {row["step"] for row in skipped} == {1, 2, 3} and all("completion" in row for row in skipped)
-    assert len(skipped) == 3 * 16
+    assert {row["step"] for row in skipped} == {1, 2, 3} and len(skipped) == 3 * 16
+    assert all(row.keys() == {"step", "skipped", "question", "completion"} for row in skipped)
+    asked = {example.question for example in run.data["train"]}
+    assert {row["question"] for row in skipped} <= asked and len({row["question"] for row in skipped}) > 4
     assert capsys.readouterr().err.count("is skipped: the loss is nan") == 2
+
+
+def test_an_infinite_gradient_or_logit_is_told_with_its_rows_and_the_rewards_state_goes_back(base, tmp_path, capsys):
+    run = grpo.prepare(settings(base, tmp_path / "run"))
+    before, weight = run.policy.model.weights(), next(run.policy.model.parameters())
+    before = {name: value.clone() for name, value in before.items()}
+    real = run.rewards.mix["char_length"][0]
+
+    def counts(completions, state, **more):
+        state["calls"] = state.get("calls", 0) + 1
+        return real(completions=completions, **more)
+
+    run.rewards.mix["char_length"] = (counts, 1.0)
+    with run:
+        hook = weight.register_hook(lambda gradient: gradient * torch.inf)
+        run.log(1, run.attempt(grpo.train_step, 1))
+        hook.remove()
+        assert all(torch.equal(before[name], value) for name, value in run.policy.model.weights().items())
+        assert run.position.reward_state == {} and run.position.bad_steps == 1
+        run.log(2, run.attempt(grpo.train_step, 2))
+        assert run.position.reward_state == {"calls": 1} and run.position.bad_steps == 0
+        run.policy.model.model.norm.weight.data[0] = torch.inf
+        run.log(3, run.attempt(grpo.train_step, 3))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    told = [(row["step"], row["skipped"]) for row in rows]
+    assert told.count((1, "the norm of the gradient is nan")) + told.count((1, "the norm of the gradient is inf")) == 16
+    assert told.count((3, "the model's log-probabilities are not finite")) == 16 == len(told) - 16
+    assert all(row["question"] and "completion" in row for row in rows)
+
+
+def test_lines_that_a_full_disk_does_not_take_are_written_when_there_is_room(base, small_disk, capsys):
+    run = grpo.prepare(settings(base, small_disk / "run"))
+    with contextlib.suppress(OSError), open(small_disk / "filler", "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(2**12))
+    long = "x" * 10**5
+    with run:
+        run.log(1, {"long": long})
+        run.save()
+        assert "lines wait to be written" in capsys.readouterr().err and not states.states(run.out)
+        assert not (run.out / "metrics.jsonl").exists() or (run.out / "metrics.jsonl").read_text() == ""
+        (small_disk / "filler").unlink()
+        run.log(2, {"short": 1})
+    lines = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [{"step": 1, "long": long}, {"step": 2, "short": 1}]
+    assert [step for step, _ in states.states(run.out)] == [2]
+    states.LOCKS.pop(run.out).close()  # or the disk would be busy
+
+
+def test_a_best_checkpoint_that_cannot_be_written_is_not_called_the_best(base, tmp_path, capsys):
+    run = grpo.prepare(settings(base, tmp_path / "run"))
+    with run:
+        run.note_score(0, 0.5)
+        run.keep_best(lambda: save(run.policy, run.out))
+        run.log(0, {})
+        run.note_score(1, 0.7)
+        run.keep_best(lambda: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        assert run.position.best_step == 0  # whose checkpoint is there
+        assert "the best checkpoint is not saved" in capsys.readouterr().err
+        assert run.note_score(2, 0.6) and run.position.best_step == 2
 
 
 @pytest.mark.parametrize("changed", ["model", "data"])
@@ -316,10 +385,11 @@ def test_a_run_that_would_start_from_something_else_is_refused_by_name(base, tmp
         save(policy, copy)
     else:
         file.write_text(file.read_text().replace("#### ", "#### 1"))
-    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    files = [tmp_path / "run" / name for name in ("metrics.jsonl", "run.json")]
+    before = [path.read_bytes() for path in files]
     with pytest.raises(UserError, match=f"--resume: --{changed} is not what the run was made with; restore it"):
         grpo.train(dataclasses.replace(config, resume=True, steps=2))
-    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    assert [path.read_bytes() for path in files] == before
 
 
 def test_each_stretch_of_a_run_says_where_it_ran(base, tmp_path, monkeypatch):
@@ -328,9 +398,10 @@ def test_each_stretch_of_a_run_says_where_it_ran(base, tmp_path, monkeypatch):
     grpo.train(settings(base, tmp_path / "run", resume=True))
     stored = json.loads((tmp_path / "run" / "run.json").read_text())
     (stretch,) = stored["resumed"]
-    assert stretch["step"] == 2 and stretch["versions"] == stored["versions"] and stretch["threads"] == 1
+    assert stored["settings"]["steps"] == 4 and stretch["step"] == 2
+    assert stretch["versions"] == stored["versions"] and stretch["threads"] == 1
     assert stored["starts_from"] == {
-        "model": runs.digest_of(load(base, "cpu").model), "data": stored["starts_from"]["data"]
+        "model": states.digest_of(load(base, "cpu").model), "data": stored["starts_from"]["data"]
     }  # fmt: skip
 
 
@@ -383,10 +454,22 @@ def test_a_finished_run_without_states_is_kept_until_the_new_one_has_one(base, t
     weights = (out / "model.safetensors").read_bytes()
     (out / states.REPLACED).mkdir()
     os.replace(out / "samples.jsonl", out / states.REPLACED / "samples.jsonl")
-    runs.start_run(settings(base, out, overwrite=True))
+    states.start_run(settings(base, out, overwrite=True))
     assert (out / states.REPLACED / "model.safetensors").read_bytes() == weights
-    names = {"run.json", "metrics.jsonl", "samples.jsonl", "evaluation.json", "model.safetensors"}
-    assert {path.name for path in (out / states.REPLACED).iterdir()} == names
+    names = {"run.json", "metrics.jsonl", "samples.jsonl", "evaluation.json", "model.safetensors", "config.json"}
+    kept = {path.name for path in (out / states.REPLACED).iterdir()}
+    assert kept == names | {"generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert {path.name for path in out.iterdir()} == {"run.json", ".lock", states.REPLACED}
+
+
+def test_a_base_policy_that_was_made_is_moved_aside_too_but_not_the_one_that_is_asked_for(base, tmp_path):
+    out = tmp_path / "run"
+    states.start_run(settings(base, out))
+    for given, kept in ((base, False), (out / "base", True)):
+        shutil.copytree(base, out / "base")
+        states.start_run(settings(given, out, overwrite=True))
+        assert (out / "base").exists() == kept and (out / states.REPLACED / "base").exists() != kept
+        shutil.rmtree(out / states.REPLACED)
 
 
 def test_a_look_at_a_run_changes_nothing_in_its_folder(base, tmp_path, monkeypatch, capsys):
@@ -405,7 +488,7 @@ def test_a_look_at_a_run_changes_nothing_in_its_folder(base, tmp_path, monkeypat
 def test_nobody_elses_code_or_address_is_used_unasked(tmp_path, monkeypatch):
     for name, value in (("rewards", f"{tmp_path}/their.py:mine=1"), ("judge_url", "http://example.com/v1")):
         stored = {"task": "arithmetic", "rewards": "judge=1" if name == "judge_url" else value, name: value}
-        (tmp_path / "run.json").write_text(json.dumps({"settings": stored}))
+        (tmp_path / "run.json").write_text(json.dumps({"settings": stored, "format": states.FORMAT}))
         monkeypatch.setattr(sys, "argv", ["grpo.py", "--out", str(tmp_path), "--resume"])
         with pytest.raises(UserError, match=f"that only it names; if you trust it, add --{name.replace('_', '-')} "):
             runs.parse_settings(GRPOConfig, "", "")
@@ -415,10 +498,29 @@ def test_nobody_elses_code_or_address_is_used_unasked(tmp_path, monkeypatch):
 
 
 def test_a_restart_by_torchrun_continues(base, tmp_path, monkeypatch):
-    runs.start_run(SFTConfig(model=str(base), out=str(tmp_path / "run"), epochs=2))
+    states.start_run(SFTConfig(model=str(base), out=str(tmp_path / "run"), epochs=2))
     monkeypatch.setattr(runs.ranks, "RESTARTS", 1)
     monkeypatch.setattr(sys, "argv", ["sft.py", "--model", str(base), "--out", str(tmp_path / "run"), "--epochs", "2"])
     assert runs.parse_settings(SFTConfig, "", "").resume
+    monkeypatch.setenv("MASTER_PORT", "29501")  # another launch: the run that it found there is none of its own
+    assert not runs.parse_settings(SFTConfig, "", "").resume
+
+
+def test_what_another_version_wrote_says_what_can_still_be_done_with_it(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(grpo, "report", lambda run: None)
+    out = tmp_path / "run"
+    grpo.train(settings(base, out, steps=1))
+    for path, words in (
+        (out / "resume" / "000001" / "checksums.json", "no state in .* is whole: .*000001 .it is of another version"),
+        (out / "run.json", "of another version of this program; inference.py evaluates it, plot_metrics.py draws it"),
+    ):
+        stored = json.loads(path.read_text())
+        assert stored["format"] == states.FORMAT
+        path.write_text(json.dumps(stored | {"format": states.FORMAT + 1}))
+        shutil.rmtree(out / "resume" / "000000", ignore_errors=True)
+        monkeypatch.setattr(sys, "argv", ["grpo.py", "--out", str(out), "--resume"])
+        with pytest.raises(UserError, match=words):
+            grpo.train(runs.parse_settings(GRPOConfig, "", ""))
 
 
 def test_hostile_completions_are_scored_in_time():

@@ -60,6 +60,10 @@ def weights_of_a_step(base: str, out: str) -> None:
         found |= {f"{name} {key}": weight.clone() for key, weight in run.policy.model.weights().items()}
         kept = ("reward", "samples", "tokens", "kl", "entropy", "loss", "grad_norm", "ratio_max", "sampler_gap")
         found[f"{name} metrics"] = torch.tensor([metrics.get(key, 0.0) for key in kept], dtype=torch.float64)
+    nobodys, the_firsts = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
+    the_firsts.grad = torch.ones(1) if ranks.FIRST else None
+    ranks.add_gradients([nobodys, the_firsts])
+    assert nobodys.grad is None and the_firsts.grad == 1  # or the optimizer would move what has no gradient
     if ranks.FIRST:
         save_file(found, out)
 
@@ -163,6 +167,19 @@ def test_a_dead_rank_ends_the_others_and_a_restart_goes_on(base, tmp_path):
     assert re.search(f"error: ({told})", errors) and "Traceback" not in errors
     assert [line["step"] for line in metrics_of(out)] == list(range(61))
     assert json.loads((out / "run.json").read_text())["resumed"]
+
+
+def test_ranks_that_do_not_see_one_folder_are_told(base, tmp_path):
+    for rank in range(2):
+        shutil.copytree(base, tmp_path / f"run{rank}" / "base")
+    run = bench_faults.command(base, tmp_path / "run0", "--steps", "1")
+    subprocess.run(run, capture_output=True, check=True)
+    shutil.copy(tmp_path / "run0" / "run.json", tmp_path / "run1")  # of a machine that sees no states
+    again = " ".join(map(str, [*bench_faults.command(base, tmp_path / "run", "--resume")]))
+    again = again.replace(str(tmp_path / "run"), str(tmp_path / "run") + "$RANK")
+    process = torchrun(2, "bash", "-c", again, more=["--no-python"])
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode and "the processes find different states in " in errors
 
 
 def test_a_mistake_of_one_rank_is_told_by_all_and_none_waits(base, tmp_path):

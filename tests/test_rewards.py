@@ -1,5 +1,6 @@
 """Rewards: exact values for good, bad and hostile completions; mistakes in a reward are named by function and row."""
 
+import contextlib
 import math
 import os
 import signal
@@ -214,16 +215,26 @@ def test_a_reward_that_fails_or_leaves_is_named_with_the_row_that_it_fails_for(l
         call(leave, state={})
 
 
-def test_a_reward_that_never_returns_is_stopped_and_named():
-    def forever(**_):
-        while True:
-            pass
+def waits(**_):
+    while True:
+        pass
 
+
+def waits_whatever_comes(**_):
+    while True:
+        with contextlib.suppress(Exception):
+            time.sleep(0.01)
+
+
+@pytest.mark.parametrize("forever", [waits, waits_whatever_comes])
+def test_a_reward_that_never_returns_is_stopped_and_named(forever):
     examples = [Example("p", {"answer": "0"})]
     rollout = SimpleNamespace(texts=["a", "b"], completion_ids=[[1], [2]])
     mix, before = rewards.Rewards({"mine": (forever, 1.0)}, {}, seconds=0.2), signal.getsignal(signal.SIGALRM)
     with pytest.raises(UserError, match="reward mine took more than 0.2 s .*--reward-timeout"):
         mix(examples, rollout, {})
+    with pytest.raises(UserError, match="reward mine took more than 0.2 s"):
+        mix.total(completions=["a", "b"])
     assert signal.getsignal(signal.SIGALRM) == before and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
