@@ -282,11 +282,10 @@ def sample_groups(run: "GRPORun", examples: list[Example], key: tuple[int, int, 
 
 def own_groups(rollout: Rollout, advantages: torch.Tensor) -> tuple[Rollout, torch.Tensor]:
     """What this rank scores and learns from: its share of the groups, all of them where it is alone."""
-    start, end = ranks.share(len(advantages))
-    if end - start == len(advantages):
+    groups = ranks.own(torch.arange(len(advantages), device=rollout.group.device))
+    if len(groups) == len(advantages):
         return rollout, advantages
-    rows = ((rollout.group >= start) & (rollout.group < end)).nonzero()[:, 0]
-    return rollout.select(rows), advantages[start:end]
+    return rollout.select(torch.isin(rollout.group, groups).nonzero()[:, 0]), ranks.own(advantages)
 
 
 def replace_flat_groups(run: "GRPORun", step: int, examples: list[Example], rollout: Rollout, rewards: torch.Tensor):
@@ -390,8 +389,7 @@ def pairwise_of_all(order: torch.Tensor, mean_logp: torch.Tensor, strength: floa
     """This rank's rows of what `pairwise_advantages` gives for the groups of all, from this rank's (P, G) and (B,)."""
     parts = (order, mean_logp.view_as(order))
     everywhere = [torch.cat([x.to(order.device) for x in ranks.gather(part)]) for part in parts]
-    start, end = ranks.share(len(everywhere[0]))
-    return pairwise_advantages(*everywhere, strength)[start:end]
+    return ranks.own(pairwise_advantages(*everywhere, strength))
 
 
 def rates(rollout: Rollout, metrics: dict, config: "GRPOConfig", clock: list[float]) -> dict[str, float]:

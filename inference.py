@@ -105,22 +105,26 @@ def measure_completions(
 
     The problems are shared out among the ranks, of which each gets all that was measured.
     """
-    table: dict[str, list] = {name: [] for name in ("completion", *task.metrics, "length", "truncated")}
     size = max(1, batch_rows // group_size)
     how = "greedy" if greedy else f"{group_size} samples"
     begin, end = ranks.share(len(examples))
     bar = {"leave": False, "delay": 5, "unit": "batch", "disable": not ranks.FIRST}
-    for start in tqdm(range(begin, end, size), f"{len(examples)} problems, {how}", **bar):
-        part = examples[start : min(end, start + size)]
-        rollout = policy.sample(part, group_size, (seed, 0, 0), max_new_tokens, greedy, start, explore=False)
-        rows = [example for example in part for _ in range(group_size)]
-        table["completion"] += rollout.texts
-        for name, function in task.metrics.items():
-            table[name] += apply_reward(name, function, rows, rollout)
-        table["length"] += rollout.mask.sum(1).tolist()
-        table["truncated"] += rollout.truncated.tolist()
-    tables = ranks.gather(table)
-    return {name: [value for part in tables for value in part[name]] for name in table}
+
+    def measure() -> dict[str, list]:
+        table: dict[str, list] = {name: [] for name in ("completion", *task.metrics, "length", "truncated")}
+        for start in tqdm(range(begin, end, size), f"{len(examples)} problems, {how}", **bar):
+            part = examples[start : min(end, start + size)]
+            rollout = policy.sample(part, group_size, (seed, 0, 0), max_new_tokens, greedy, start, explore=False)
+            rows = [example for example in part for _ in range(group_size)]
+            table["completion"] += rollout.texts
+            for name, function in task.metrics.items():
+                table[name] += apply_reward(name, function, rows, rollout)
+            table["length"] += rollout.mask.sum(1).tolist()
+            table["truncated"] += rollout.truncated.tolist()
+        return table
+
+    tables = ranks.every(measure)
+    return {name: [value for part in tables for value in part[name]] for name in tables[0]}
 
 
 def summarize(task: Task, table: dict[str, list], group_size: int) -> tuple[dict[str, float], np.ndarray]:

@@ -44,6 +44,12 @@ def share(count: int) -> tuple[int, int]:
     return count * RANK // WORLD, count * (RANK + 1) // WORLD
 
 
+def own(things):
+    """This rank's share of things in a row: a list's, or a tensor's along its first dimension."""
+    start, end = share(len(things))
+    return things[start:end]
+
+
 @contextlib.contextmanager
 def talking():
     """Turn what a dead or silent rank does to the others into an error that says so."""

@@ -92,7 +92,7 @@ def train_step(run: SFTRun, step: int) -> dict[str, float]:
     """One optimizer step on the next batch; returns what was measured."""
     config, start, (rollout, copies) = run.config, time.perf_counter(), run.demonstrations
     chosen = torch.isin(rollout.group, torch.from_numpy(next(run.prompts)).to(rollout.group.device))
-    rows = own_rows(chosen.nonzero()[:, 0])
+    rows = ranks.own(chosen.nonzero()[:, 0])
     batch, copies = rollout.select(rows), copies[rows]
     rate = run.optimizer.param_groups[0]["lr"] = learning_rate_at(config, step, run.last_step)
     with run.unbroken(), out_of_memory("--micro-batch-tokens"):
@@ -107,16 +107,10 @@ def train_step(run: SFTRun, step: int) -> dict[str, float]:
         return run.record({"loss": loss, "grad_norm": norm, "tokens_per_second": speed, "learning_rate": rate})
 
 
-def own_rows(rows: torch.Tensor) -> torch.Tensor:
-    """This rank's share of some rows."""
-    start, end = ranks.share(len(rows))
-    return rows[start:end]
-
-
 def validate(run: SFTRun, step: int) -> dict[str, float]:
     """The loss on the validation demonstrations, by which --patience counts."""
     rollout, copies = run.validation
-    rows = own_rows(torch.arange(len(copies), device=copies.device))
+    rows = ranks.own(torch.arange(len(copies), device=copies.device))
     tokens = ranks.total({"tokens": count_tokens(rollout.select(rows), copies[rows])})["tokens"]
     with out_of_memory("--micro-batch-tokens"):
         part = (rollout.select(rows), copies[rows], run.config.micro_batch_tokens)
