@@ -234,8 +234,13 @@ class Run:
         """The numbers of the steps that are left: to the last, to a signal, or to a reason, which is printed."""
         self.stopped = self.reason_to_stop(self.last_metrics())
         while True:
-            if ranks.WORLD > 1 and (number := int(max(ranks.gather(self.signal)))):
-                raise KeyboardInterrupt(number)
+            if ranks.WORLD > 1:  # what one is asked for all do
+                numbers, asked = zip(*ranks.gather((self.signal, self.save_asked)), strict=True)
+                if any(asked):
+                    self.save_asked = False
+                    self.save()
+                if any(numbers):
+                    raise KeyboardInterrupt(max(numbers))
             if self.position.step >= self.last_step or self.stopped:
                 break
             yield self.position.step + 1
@@ -329,8 +334,7 @@ class Run:
             self.settled = copy.deepcopy(self.position)
             self.warn(metrics)
             self.stopped = self.reason_to_stop(metrics)
-            if self.is_due(step, self.config.save_every) or self.stopped or self.save_asked:
-                self.save_asked = False
+            if self.is_due(step, self.config.save_every) or self.stopped:
                 self.save()
             numbers = {name: f"{metrics[name]:.3f}" for name in self.shown if name in metrics}
             if "tokens_per_second" in metrics:
