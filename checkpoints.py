@@ -99,22 +99,24 @@ def load_gguf(path: Path, weights: bool = True) -> tuple[Llama | HubModel, objec
     if not importlib.util.find_spec("gguf"):
         raise UserError(f"--model: {path} needs the package gguf; python -m pip install gguf")
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     logging.set_verbosity_error()
     where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name, "local_files_only": True}
     try:
         tokenizer, values = AutoTokenizer.from_pretrained(**where), AutoConfig.from_pretrained(**where)
         with torch.device("meta"):
+            theirs = AutoModelForCausalLM.from_config(values, dtype=torch.float32)
             try:
                 model = Llama(LlamaConfig.from_json(values.to_dict()))
             except ValueError:
                 model = None
-            if not weights:
-                return model or HubModel(AutoModelForCausalLM.from_config(values, dtype=torch.float32)), tokenizer
-        read = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        if not weights:
+            return model or HubModel(theirs), tokenizer
         if model is None:
-            return HubModel(read), tokenizer
-        model.load_weights(read.state_dict())
+            return HubModel(AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)), tokenizer
+        # Not by from_pretrained, which asks for a package more to do the same.
+        model.load_weights(load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=theirs)["tensors"])
         return model, tokenizer
     except Exception as error:  # of the gguf package, of transformers, of tokenizers: they have no common base
         first = (str(error).splitlines() or [type(error).__name__])[0]
