@@ -71,9 +71,11 @@ def settings(base: Path, out: Path, **more) -> GRPOConfig:
 
 
 def test_a_run_that_is_killed_eight_times_ends_as_if_it_never_was(base, whole, tmp_path):
-    assert [bench_faults.survive(base, tmp_path / str(seed), seed, 6.0) for seed in (0, 3)] == [
-        bench_faults.outcome(whole)
-    ] * 2
+    """Two of them inside a save, or where that was missed just after it."""
+    expected = bench_faults.outcome(whole)
+    for seed in (0, 5):
+        outcomes, _ = bench_faults.survive(base, tmp_path / str(seed), seed, 6.0)
+        assert all(found == expected for found in outcomes)
 
 
 def wait_for(process: subprocess.Popen, out: Path, step: int) -> None:
