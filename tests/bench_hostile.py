@@ -12,6 +12,7 @@ slowest call and what was found, and ends with status 1 if any of it was wrong.
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import json
 import random
@@ -203,7 +204,7 @@ def is_saved(run: Path, step: int, weights: dict[str, torch.Tensor]) -> bool:
 
 
 def make(folder: Path) -> dict[str, Path]:
-    """A checkpoint, the same in two shards, and a run of four steps with two states."""
+    """A checkpoint, the same in two shards, and a run of four steps with two states, which was resumed once."""
     made = {name: folder / name for name in ("checkpoint", "shards", "run")}
     shutil.copytree(bench_faults.tiny(made["checkpoint"]), made["shards"])
     file, weight_map = made["shards"] / "model.safetensors", {}
@@ -220,6 +221,7 @@ def make(folder: Path) -> dict[str, Path]:
     )
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         grpo.train(config)
+        grpo.train(dataclasses.replace(config, resume=True))
     return made
 
 
