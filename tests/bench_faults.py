@@ -4,16 +4,19 @@
     python tests/bench_faults.py --cost          the share of a run's time that saving takes, at the default interval
     python tests/bench_faults.py --ranks         seconds of a step of the main job by one and by two processes
 
-SIGKILL at random instants from the start of the process to its end, every fifth one inside a save; then `--resume`,
-until the run has come to its end. Compared are weights, optimizer, metrics (without the clock's), samples and
-evaluation.
+SIGKILL at random instants from the start of the process to its end, every fifth one aimed at a moment of a save; then
+`--resume`, until the run has come to its end. Compared are weights, optimizer, metrics (without the clock's), samples
+and evaluation. A process that had ended by itself is no kill: what it has made is compared, and the run begins again
+from nothing for the kills that are left.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
 import shutil
+import signal
 import statistics
 import string
 import subprocess
@@ -39,6 +42,8 @@ RUN = [
     *("--num-inner-updates", "2", "--ref-update-every", "3", "--steps", "12", "--eval-every", "3", "--save-every", "2"),
 ]
 KILLS_OF_ONE_RUN = 4
+TENSORS = [f"{name}.safetensors" for name in ("weights", "optimizer", "reference")]
+MOMENTS = [".", *TENSORS, "position.json", "checksums.json"]  # of a save, by what has just appeared
 
 
 def tiny(folder: Path) -> Path:
@@ -57,38 +62,60 @@ def outcome(out: Path) -> dict[str, object]:
     for name in ("metrics.jsonl", "samples.jsonl"):
         rows = [json.loads(line) for line in (out / name).read_text().splitlines()]
         logs[name] = [{key: x for key, x in row.items() if "second" not in key} for row in rows]
-    files = ["model.safetensors", "evaluation.json", "resume/000012/weights.safetensors"]
-    files += [
-        "resume/000012/optimizer.safetensors",
-        "resume/000012/reference.safetensors",
-        "resume/000012/position.json",
-    ]
+    files = ["model.safetensors", "evaluation.json"]
+    files += [f"resume/000012/{name}" for name in (*TENSORS, "position.json")]
     return logs | {name: (out / name).read_bytes() for name in files}
 
 
-def kill_in_a_save(process: subprocess.Popen, out: Path) -> None:
-    """Kill the process while it writes a state, if it comes to that."""
-    partial = out / "resume" / ".partial"
-    while process.poll() is None and not partial.exists():
+def half_done(out: Path) -> set:
+    """What a save that is under way, or was cut short, has left: its folder as it last changed, a state too many."""
+    partial, kept = out / "resume" / ".partial", sorted((out / "resume").glob("[0-9]*"))
+    found = {tuple(kept)} if len(kept) > 2 else set()
+    with contextlib.suppress(FileNotFoundError):
+        found.add(partial.stat().st_mtime_ns)
+    return found
+
+
+def wait_for_a_save(process: subprocess.Popen, out: Path, rng: random.Random) -> None:
+    """Until a moment of one of the next saves, if it comes to that: just after a file of it has appeared."""
+    moment, left, begun = rng.choice(MOMENTS), rng.randrange(3), False
+    before = half_done(out)  # by an earlier kill: gone before the next save begins
+    while process.poll() is None:
+        under_way = bool(half_done(out) - before)
+        left -= begun and not under_way
+        begun = under_way
+        if left <= 0 and begun and (out / "resume" / ".partial" / moment).exists():
+            return time.sleep(rng.uniform(0, 0.004))  # a save takes the toy about 0.02 s
         time.sleep(0.0002)
-    process.kill()
+    return None
 
 
-def survive(base: Path, out: Path, seed: int, seconds: float, kills: int = KILLS_OF_ONE_RUN) -> dict[str, object]:
-    """The outcome of a run that was killed so often; `seconds` is how long one takes that is not."""
-    rng, more = random.Random(seed), []
-    for kill in range(kills):
-        process = subprocess.Popen(command(base, out, *more), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        if (seed * kills + kill) % 5 == 0:
-            kill_in_a_save(process, out)
-        else:
-            time.sleep(rng.uniform(0.3, 1.0) * seconds)
+def survive(base: Path, out: Path, seed: int, seconds: float, kills: int = KILLS_OF_ONE_RUN) -> tuple[list[dict], int]:
+    """What a run that was killed so often has made, each time that it came to its end, and the kills inside a save.
+
+    `seconds` is how long one takes that is not killed; the first is made in out/0, one that begins again in out/1.
+    """
+    rng, outcomes, killed, inside = random.Random(seed), [], 0, 0
+    out.mkdir()
+    while True:
+        run = out / str(len(outcomes))
+        more, before = ["--resume"] if (run / "run.json").exists() else [], half_done(run)
+        with open(out / "said", "w") as said:
+            process = subprocess.Popen(command(base, run, *more), stdout=said, stderr=said)
+        if killed < kills:
+            if (seed * kills + killed) % 5 == 0:
+                wait_for_a_save(process, run, rng)
+            else:
+                time.sleep(rng.uniform(0.3, 1.0) * seconds)
             process.kill()
-        process.wait()
-        more = ["--resume"] if (out / "run.json").exists() else []
-    last = subprocess.run(command(base, out, *more), capture_output=True, text=True, check=False)
-    assert last.returncode == 0, last.stderr
-    return outcome(out)
+        if process.wait() == -signal.SIGKILL:
+            killed += 1
+            inside += bool(half_done(run) - before)
+            continue
+        assert process.returncode == 0, (out / "said").read_text()
+        outcomes.append(outcome(run))
+        if killed == kills:
+            return outcomes, inside
 
 
 def cost() -> str:
@@ -146,17 +173,20 @@ def main() -> None:
         subprocess.run(command(base, folder / "whole"), check=True, capture_output=True)
         seconds, whole = time.perf_counter() - start, outcome(folder / "whole")
 
-        def equal(seed: int) -> bool:
-            found = survive(base, folder / str(seed), seed, seconds) == whole
-            if not found:
+        def end(seed: int) -> tuple[list[bool], int]:
+            outcomes, inside = survive(base, folder / str(seed), seed, seconds)
+            if any(found != whole for found in outcomes):
                 shutil.copytree(folder / str(seed), Path(tempfile.gettempdir()) / f"lost-{seed}")
-            return found
+            return [found == whole for found in outcomes], inside
 
         runs = -(-kills // KILLS_OF_ONE_RUN)
         with ThreadPoolExecutor(2) as pool:
-            results = list(pool.map(equal, range(runs)))
-    print(f"{sum(results)} of {runs} runs equal to the one that was never killed, {runs * KILLS_OF_ONE_RUN} kills")
-    sys.exit(0 if all(results) else 1)
+            results = list(pool.map(end, range(runs)))
+    equal = [same for each, _ in results for same in each]
+    inside = sum(number for _, number in results)
+    print(f"{runs * KILLS_OF_ONE_RUN} kills of a living process, {inside} inside a save")
+    print(f"{sum(equal)} of {len(equal)} runs that came to their end equal to the one that was never killed")
+    sys.exit(0 if all(equal) else 1)
 
 
 if __name__ == "__main__":

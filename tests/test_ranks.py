@@ -5,11 +5,13 @@
 is what the tests start: a step of every row of the table, in float64, from one policy, whose weights it writes.
 """
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -192,6 +194,75 @@ def test_a_mistake_of_one_rank_is_told_by_all_and_none_waits(base, tmp_path):
     process = torchrun(2, *kept, *flags)
     _, errors = process.communicate(timeout=120)
     assert process.returncode and re.search("reward mine failed for row 0, .*: ValueError: mine", errors)
+
+
+LEARNS = [
+    *("--rewards", "char_length=1", "--ideal-length", "5", "--batch-size", "8", "--num-generations", "8"),
+    *("--max-new-tokens", "12", "--learning-rate", "2e-3", "--steps", "25", "--eval-every", "25", "--eval-limit", "2"),
+    *("--device", "cpu"),
+]
+
+
+def test_two_ranks_learn(base, tmp_path):
+    """From random completions, nearly all of which are cut at 12 characters, to the five that are rewarded."""
+    command = [str(ROOT / "grpo.py"), *LEARNS, "--model", str(base), "--out", str(tmp_path / "run")]
+    finish(torchrun(2, *command))
+    rewards = [line["reward"] for line in metrics_of(tmp_path / "run")[1:]]
+    assert sum(rewards[:3]) / 3 < 0.55 and sum(rewards[-3:]) / 3 > 0.85, rewards
+
+
+def alone(count: int, *command: str) -> list[subprocess.Popen]:
+    """A command in so many processes that nothing watches over."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        meet = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | meet
+    return [
+        subprocess.Popen([sys.executable, *command], env=environment | {"RANK": str(rank)}, **pipes)
+        for rank in range(count)
+    ]
+
+
+def wait_for(out: Path, step: int) -> None:
+    """Until a step is in the metrics."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            if f'"step": {step},' in (out / "metrics.jsonl").read_text():
+                return
+        time.sleep(0.01)
+    raise AssertionError(f"no step {step} in {out}")
+
+
+@pytest.mark.parametrize("dead", [0, 1])
+def test_a_dead_rank_that_nothing_restarts_ends_the_other_with_a_line(base, tmp_path, dead):
+    """SIGKILL for one of two that no torchrun watches: the other finds it out by itself, and leaves whole states."""
+    out = tmp_path / "run"
+    processes = alone(2, *bench_faults.command(base, out, "--steps", "2000")[1:])
+    wait_for(out, 3)
+    processes[dead].kill()
+    _, errors = processes[1 - dead].communicate(timeout=30)
+    processes[dead].communicate()
+    (line,) = [line for line in re.split("[\r\n]+", errors) if "error" in line.lower()]
+    assert f"rank {1 - dead}: another process of this run has ended or is silent; the last state stays, " in line
+    assert processes[1 - dead].returncode == 2 and "Traceback" not in errors
+    assert states.states(out) and all(states.checksums(path) for _, path in states.states(out))
+
+
+def test_a_signal_to_one_of_two_ranks_saves_and_ends_both(base, runs_of, tmp_path):
+    """To the one that does not write, even; continued, the run is that of two ranks that nothing stopped."""
+    out = tmp_path / "run"
+    processes = alone(2, *bench_faults.command(base, out, "--save-every", "100")[1:])
+    wait_for(out, 5)
+    processes[1].send_signal(signal.SIGTERM)
+    said = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [143, 143], said
+    saved = re.search(r"saved after step (\d+); continue with: python ", said[0])
+    assert int(saved[1]) == states.states(out)[0][0] >= 5 and "Traceback" not in "".join(said)
+    for process in alone(2, *bench_faults.command(base, out, "--save-every", "100", "--resume")[1:]):
+        finish(process)
+    close(out, runs_of(2, "two"))
 
 
 if __name__ == "__main__":
