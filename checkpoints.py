@@ -129,11 +129,11 @@ def read_shards(path: Path) -> dict[str, torch.Tensor]:
     if path.suffix != ".json":
         return load_tensors(path)
     names = read_json(path).get("weight_map")
-    names = sorted(set(names.values())) if isinstance(names, dict) else []
+    names = list(names.values()) if isinstance(names, dict) else []
     if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
         raise UserError(f"{path} names no files beside it; restore the checkpoint")
     tensors = {}
-    for name in names:
+    for name in sorted(set(names)):
         tensors |= load_tensors(path.parent / name)
     return tensors
 
