@@ -244,7 +244,7 @@ def train_step(run: "GRPORun", step: int) -> dict[str, float]:
     config, algorithm, policy = run.config, run.config.resolved_algorithm, run.policy
     clock = [time.perf_counter()]  # the start, then the end of sampling, scoring and updating
     run.optimizer.param_groups[0]["lr"] = config.learning_rate * min(1.0, step / max(1, config.warmup_steps))
-    with out_of_memory("--batch-size, --num-generations or --max-new-tokens"):
+    with out_of_memory("--batch-size, --num-generations or --max-new-tokens"), ranks.whole(policy.model):
         examples = take_prompts(run.data["train"], step, config.batch_size, config.seed)  # (1)
         rollout = sample_groups(run, examples, (config.seed, step, 0))  # (2)
         rewards, metrics = ranks.first(run.rewards, examples, rollout, run.position.reward_state)  # (3)
@@ -357,7 +357,9 @@ def backward(
     not finite. Without `start_logp` they are the policy's own, so that the ratio is exactly 1.
     """
     old_logp, sums, peaks, bad = start_logp, Counter(), {"ratio_max": 0.0, "sampler_gap": 0.0}, []
-    for rows in micro_batches(rollout, token_budget, policy.layout):
+    batches = micro_batches(rollout, token_budget, policy.layout)
+    ranks.keep_step(policy.model, len(batches), lambda: policy.log_probs(rollout.select(batches[-1]))[0])
+    for rows in batches:
         part = rollout.select(rows)
         width = part.mask.shape[1]
         logp, entropy = policy.log_probs(part)
@@ -384,7 +386,8 @@ def backward(
 
 def pairwise_of_all(policy: Policy, rollout: Rollout, order: torch.Tensor, config: "GRPOConfig") -> torch.Tensor:
     """This rank's rows of what `pairwise_advantages` gives for the groups (P, G) of all ranks."""
-    mean_logp = mean_log_probs(policy, rollout, config.micro_batch_tokens).view_as(order)
+    with ranks.whole(policy.model):
+        mean_logp = mean_log_probs(policy, rollout, config.micro_batch_tokens).view_as(order)
     everywhere = [torch.cat([x.to(order.device) for x in ranks.gather(part)]) for part in (order, mean_logp)]
     strength, (start, end) = config.resolved_algorithm.preference_strength, ranks.share(len(everywhere[0]))
     return pairwise_advantages(*everywhere, strength)[start:end]
@@ -479,7 +482,8 @@ def validate(run: GRPORun, step: int) -> dict[str, float]:
         run.keep_best(lambda: save(run.policy, run.out))
     greedy, sampled = show_number(name, result.get(name, -math.inf)), show_number(name, score)
     run.say(f"step {step}: validation {name} {greedy} greedy, {sampled} sampled")
-    show_group(run, step)
+    with ranks.whole(run.policy.model):
+        show_group(run, step)
     return {f"validation_{name}": value for name, value in result.items()}
 
 
@@ -586,6 +590,8 @@ def prepare(config: GRPOConfig) -> GRPORun:
     if rewards.needs_scorer and not config.scorer:
         start = reference if reference and not config.ref_update_every else policy
         rewards.take_scorer(make_scorer(config, start))
+    if config.shard and not config.trace:
+        ranks.shard(policy.model)
     run = GRPORun(
         config=config, policy=policy, optimizer=runs.adamw(policy.model, weight_decay=0.0), last_step=config.steps,
         task=task, data=data, rewards=rewards, reference=reference,

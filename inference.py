@@ -110,15 +110,16 @@ def measure_completions(
     how = "greedy" if greedy else f"{group_size} samples"
     begin, end = ranks.share(len(examples))
     bar = {"leave": False, "delay": 5, "unit": "batch", "disable": not ranks.FIRST}
-    for start in tqdm(range(begin, end, size), f"{len(examples)} problems, {how}", **bar):
-        part = examples[start : min(end, start + size)]
-        rollout = policy.sample(part, group_size, (seed, 0, 0), max_new_tokens, greedy, start, explore=False)
-        rows = [example for example in part for _ in range(group_size)]
-        table["completion"] += rollout.texts
-        for name, function in task.metrics.items():
-            table[name] += apply_reward(name, function, rows, rollout)
-        table["length"] += rollout.mask.sum(1).tolist()
-        table["truncated"] += rollout.truncated.tolist()
+    with ranks.whole(policy.model):
+        for start in tqdm(range(begin, end, size), f"{len(examples)} problems, {how}", **bar):
+            part = examples[start : min(end, start + size)]
+            rollout = policy.sample(part, group_size, (seed, 0, 0), max_new_tokens, greedy, start, explore=False)
+            rows = [example for example in part for _ in range(group_size)]
+            table["completion"] += rollout.texts
+            for name, function in task.metrics.items():
+                table[name] += apply_reward(name, function, rows, rollout)
+            table["length"] += rollout.mask.sum(1).tolist()
+            table["truncated"] += rollout.truncated.tolist()
     tables = ranks.gather(table)
     return {name: [value for part in tables for value in part[name]] for name in table}
 

@@ -72,6 +72,10 @@ class RunSettings:
     deterministic: bool = option(
         False, "Only operations whose result does not vary; on a GPU slower.", "memory and device", may_change=True
     )
+    shard: bool = option(
+        False, "Split weights, gradients and optimizer among torchrun's processes; the reference stays whole.",
+        "memory and device", may_change=True,
+    )  # fmt: skip
     eval_every: int = option(5, "Measure on validation problems every so many steps.", "how long", above_zero=True)
     patience: int | None = option(
         None, "Stop after so many validations without a better one. Default: never.", "how long", above_zero=True
@@ -85,6 +89,10 @@ class RunSettings:
 
     def __post_init__(self):
         check_settings(self)
+        if self.shard and ranks.WORLD == 1:
+            raise UserError("--shard needs torchrun with at least 2 processes; leave it out")
+        if self.shard and self.policy == "autoencoder":
+            raise UserError("--shard is for transformers, an autoencoder is small; leave it out")
 
 
 def parse_settings(settings: type, description: str, examples: str):
@@ -100,6 +108,7 @@ def parse_settings(settings: type, description: str, examples: str):
             raise UserError(f"--resume: {path} does not hold the settings of such a run; start again with --overwrite")
         stored = {name: f.default for name, f in known.items()} | stored  # an older run lacks newer settings
         refuse_strange_code(stored, arguments)
+        stored["shard"] &= ranks.WORLD > 1  # one process goes on with the whole
         parser.set_defaults(**stored | {"out": arguments.out, "resume": True, "overwrite": False})
         arguments = parser.parse_args()
         fixed = [name for name, f in known.items() if not f.metadata["may_change"]]
@@ -328,9 +337,10 @@ class Run:
 
     def save_before_leaving(self) -> str:
         """Save the state that the weights in memory are, if they are one; what to go on from, in words."""
-        if self.settled is not None and (self.settled.step or self.settled.best_step is not None):
+        begun = self.settled is not None and (self.settled.step or self.settled.best_step is not None)
+        if begun and (not ranks.is_sharded(self.policy.model) or ranks.all_leave()):
             try:
-                save_state(self.out, self.settled, self.models, self.optimizer) if ranks.FIRST else None
+                save_state(self.out, self.settled, self.models, self.optimizer)
             except OSError as error:
                 print(f"no state saved: {describe(error)}", file=sys.stderr)
         kept = states(self.out)
@@ -391,7 +401,7 @@ class Run:
             except OSError as error:
                 return describe(error)
 
-        failed = ranks.first(attempt)
+        failed, *_ = ranks.every(attempt)
         if failed:
             self.position.best_score = -math.inf
             self.say(f"warning: the best checkpoint is not saved: {failed}", file=sys.stderr)
@@ -456,8 +466,7 @@ class Run:
     def save(self) -> None:
         """Save a state; where that fails the run goes on without, and tries again when the next is due."""
         try:
-            if ranks.FIRST:
-                save_state(self.out, self.settled, self.models, self.optimizer)
+            save_state(self.out, self.settled, self.models, self.optimizer)
         except OSError as error:
             self.say(f"warning: step {self.settled.step}: no state saved: {describe(error)}", file=sys.stderr)
 
@@ -486,7 +495,7 @@ def descend(optimizer: torch.optim.Optimizer, largest: float) -> float:
     Raises NotFinite, before the optimizer moves, if that is no number.
     """
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(weights, largest).item()
+    norm = ranks.full(torch.nn.utils.clip_grad_norm_(weights, largest)).item()
     if not math.isfinite(norm):
         raise NotFinite(f"the norm of the gradient is {norm}")
     optimizer.step()
@@ -500,7 +509,8 @@ def within_memory(function: Callable, given: tuple, token_budget: int, optimizer
         try:
             return function(*given, token_budget), token_budget
         except (MemoryError, RuntimeError) as error:
-            if not commands.is_out_of_memory(error) or token_budget < 32:  # of which hardly a row needs less
+            apart = ranks.is_sharded(optimizer.param_groups[0]["params"][0])  # from the others, who are in this pass
+            if not commands.is_out_of_memory(error) or token_budget < 32 or apart:  # hardly a row needs less than 32
                 raise
         optimizer.zero_grad()
         token_budget //= 2

@@ -44,8 +44,12 @@ def cross_entropy(
     That is their number, or that of all ranks. With `learn` its gradient is accumulated.
     """
     tokens, total = tokens or count_tokens(rollout, copies), 0.0
+    batches = micro_batches(rollout, token_budget, policy.layout)
+    if learn:
+        again = functools.partial(policy.log_probs, rollout.select(batches[-1]), entropy=False)
+        ranks.keep_step(policy.model, len(batches), lambda: again()[0])
     with torch.set_grad_enabled(learn):
-        for rows in micro_batches(rollout, token_budget, policy.layout):
+        for rows in batches:
             logp, _ = policy.log_probs(rollout.select(rows), entropy=False)
             loss = -(logp.sum(1) * copies[rows]).sum() / tokens
             if learn:
@@ -119,7 +123,7 @@ def validate(run: SFTRun, step: int) -> dict[str, float]:
     rollout, copies = run.validation
     rows = own_rows(torch.arange(len(copies), device=copies.device))
     tokens = ranks.total({"tokens": count_tokens(rollout.select(rows), copies[rows])})["tokens"]
-    with out_of_memory("--micro-batch-tokens"):
+    with out_of_memory("--micro-batch-tokens"), ranks.whole(run.policy.model):
         part = (rollout.select(rows), copies[rows], run.config.micro_batch_tokens)
         loss = ranks.total({"loss": cross_entropy(run.policy, *part, learn=False, tokens=tokens)})["loss"]
     run.note_score(step, -loss)
@@ -136,7 +140,7 @@ def train(config: "SFTConfig") -> Policy:
             if run.is_due(step, run.config.eval_every):
                 metrics |= validate(run, step)
             run.log(step, metrics)
-    ranks.first(save, run.policy, run.out)
+    ranks.every(lambda: save(run.policy, run.out))
     return run.policy
 
 
@@ -200,6 +204,8 @@ def prepare(config: SFTConfig) -> SFTRun:
     if count < ranks.WORLD or config.batch_size < ranks.WORLD:
         raise UserError(f"--batch-size is {config.batch_size}; {ranks.WORLD} processes need as many prompts at least")
     runs.start_run(config)
+    if config.shard:
+        ranks.shard(policy.model)
     runs.pin(config, model=runs.digest_of(policy.model), data=runs.digest_of(data=data))
     steps = max(1, round(config.epochs * count / config.batch_size))
     run = SFTRun(
