@@ -110,16 +110,15 @@ def measure_completions(
     how = "greedy" if greedy else f"{group_size} samples"
     begin, end = ranks.share(len(examples))
     bar = {"leave": False, "delay": 5, "unit": "batch", "disable": not ranks.FIRST}
-    with ranks.whole(policy.model):
-        for start in tqdm(range(begin, end, size), f"{len(examples)} problems, {how}", **bar):
-            part = examples[start : min(end, start + size)]
-            rollout = policy.sample(part, group_size, (seed, 0, 0), max_new_tokens, greedy, start, explore=False)
-            rows = [example for example in part for _ in range(group_size)]
-            table["completion"] += rollout.texts
-            for name, function in task.metrics.items():
-                table[name] += apply_reward(name, function, rows, rollout)
-            table["length"] += rollout.mask.sum(1).tolist()
-            table["truncated"] += rollout.truncated.tolist()
+    for start in tqdm(range(begin, end, size), f"{len(examples)} problems, {how}", **bar):
+        part = examples[start : min(end, start + size)]
+        rollout = policy.sample(part, group_size, (seed, 0, 0), max_new_tokens, greedy, start, explore=False)
+        rows = [example for example in part for _ in range(group_size)]
+        table["completion"] += rollout.texts
+        for name, function in task.metrics.items():
+            table[name] += apply_reward(name, function, rows, rollout)
+        table["length"] += rollout.mask.sum(1).tolist()
+        table["truncated"] += rollout.truncated.tolist()
     tables = ranks.gather(table)
     return {name: [value for part in tables for value in part[name]] for name in table}
 
@@ -346,7 +345,7 @@ def evaluate_run(run, policy: Policy, split: str, samples: int, seed: int = 0) -
     if not is_toy(policy) and ranks.FIRST:
         what = f"{count} {split.replace('_', '-')} problems, one greedy completion and {samples} samples of each"
         tqdm.write(f"evaluating: {what}, at most {config.max_new_tokens} tokens long (--eval-limit)", file=sys.stderr)
-    with out_of_memory("--batch-size, --num-generations or --max-new-tokens"):
+    with out_of_memory("--batch-size, --num-generations or --max-new-tokens"), ranks.whole(policy.model):
         return evaluate(policy, run.scored_task, run.data[split], config.max_new_tokens, samples, seed, rows)
 
 

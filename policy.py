@@ -290,10 +290,10 @@ class TokenPolicy:
     def layout(self) -> str:
         """How a scoring pass lays out its tokens: `packed` (real ones only) if the model can, else padded.
 
-        Padded, each prompt is computed once and `shared` by its rows through a cache, or, where gradient checkpointing
-        would extend the cache a second time, and where all ranks must make as many passes, `joined` with each row.
-        `windowed` is shared, but for what all prompts
-        begin with: between that and the rest of a prompt padding would take places of the window.
+        Padded, each prompt is computed once and `shared` by its rows through a cache, or `joined` with each row where
+        gradient checkpointing would extend the cache a second time, or where ranks with a part of the weights each must
+        call the model equally often. `windowed` is shared, but for what all prompts begin with: between that and the
+        rest of a prompt padding would take places of the window.
         """
         if isinstance(self.model, Llama):
             return "packed"

@@ -505,12 +505,13 @@ def descend(optimizer: torch.optim.Optimizer, largest: float) -> float:
 
 def within_memory(function: Callable, given: tuple, token_budget: int, optimizer: torch.optim.Optimizer) -> tuple:
     """What `function(*given, token_budget)` gives, and the budget: halved, gradients cleared, while memory runs out."""
+    awaited = ranks.is_sharded(optimizer.param_groups[0]["params"][0])  # by the other ranks, who are in the same pass
     while True:
         try:
-            return function(*given, token_budget), token_budget
+            with ranks.talking(only=False) if awaited else contextlib.nullcontext():
+                return function(*given, token_budget), token_budget
         except (MemoryError, RuntimeError) as error:
-            apart = ranks.is_sharded(optimizer.param_groups[0]["params"][0])  # from the others, who are in this pass
-            if not commands.is_out_of_memory(error) or token_budget < 32 or apart:  # hardly a row needs less than 32
+            if not commands.is_out_of_memory(error) or awaited or token_budget < 32:  # of which hardly a row needs less
                 raise
         optimizer.zero_grad()
         token_budget //= 2

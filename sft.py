@@ -46,8 +46,7 @@ def cross_entropy(
     tokens, total = tokens or count_tokens(rollout, copies), 0.0
     batches = micro_batches(rollout, token_budget, policy.layout)
     if learn:
-        again = functools.partial(policy.log_probs, rollout.select(batches[-1]), entropy=False)
-        ranks.keep_step(policy.model, len(batches), lambda: again()[0])
+        ranks.keep_step(policy.model, len(batches), lambda: policy.log_probs(rollout.select(batches[-1]))[0])
     with torch.set_grad_enabled(learn):
         for rows in batches:
             logp, _ = policy.log_probs(rollout.select(rows), entropy=False)
@@ -240,7 +239,7 @@ def main() -> None:
     data = load_task(task, policy.chat, config.limit, config.shots, data=config.data)
     width = min(task.max_new_tokens, policy.model.max_length // 2)  # a short context must hold a question, too
     held_out = policy.fitting({"held_out": data["held_out"]}, width)["held_out"]
-    with out_of_memory("--batch-size"):
+    with out_of_memory("--batch-size"), ranks.whole(policy.model):
         result = evaluate(policy, task, held_out, width, samples=4, batch_rows=config.batch_size)
     if ranks.FIRST:
         commands.write_json(Path(config.out) / "evaluation.json", {"last": result})

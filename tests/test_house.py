@@ -7,20 +7,20 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {  # file: its floor, the most lines it may have; the first drawing's number where it is another
-    "grpo.py": (10, 657),  # 480
+    "grpo.py": (10, 663),  # 480
     "explain.py": (7, 95),  # not drawn: what --trace shows
-    "sft.py": (9, 247),  # 200
+    "sft.py": (9, 251),  # 200
     "inference.py": (8, 430),  # 380
-    "checkpoints.py": (7, 425),  # 400
-    "policy.py": (6, 430),  # 500
+    "checkpoints.py": (7, 427),  # 400
+    "policy.py": (6, 435),  # 500
     "policy_gaussian.py": (5, 180),  # not drawn: policy.py and model_toy.py were full
     "rollouts.py": (4, 145),  # not drawn: policy.py had become 600 lines
     "tasks.py": (4, 460),  # 420, and room for another task
     "rewards.py": (3, 655),  # 520
-    "runs.py": (2, 508),  # 450
-    "states.py": (1, 156),  # not drawn: runs.py had become 640 lines
+    "runs.py": (2, 519),  # 450
+    "states.py": (1, 166),  # not drawn: runs.py had become 640 lines
     "commands.py": (0, 275),  # not drawn: the same
-    "ranks.py": (0, 150),
+    "ranks.py": (0, 199),
     "model_hub.py": (1, 119),  # not drawn: checkpoints.py was full
     "model_toy.py": (1, 400),
     "attention.py": (0, 231),  # not drawn: model_toy.py had become 530 lines
