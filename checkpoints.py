@@ -15,7 +15,7 @@ import torch
 
 import ranks
 from attention import Cache
-from commands import UserError, load_tensors, load_weights, read_json, save_weights, write_json
+from commands import UserError, load_tensors, load_weights, read_json, save_tensors, write_json
 from model_hub import HubModel
 from model_toy import Llama, LlamaConfig
 from policy import Policy, TokenPolicy, most_logits
@@ -29,12 +29,15 @@ TOY_WEIGHTS = 10**7  # a toy has fewer
 def save(policy: Policy, folder: Path) -> None:
     """Write a standard checkpoint: config.json, generation_config.json, tokenizer files, model.safetensors last.
 
-    An autoencoder's has its config.json and its weights.
+    An autoencoder's has its config.json and its weights. The first rank writes, what is sharded all give.
     """
+    weights = policy.model.weights()
+    if not ranks.FIRST:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(policy, GaussianPolicy):
         write_json(folder / "config.json", policy.model.config.to_json())
-        save_weights(folder / "model.safetensors", policy.model)
+        save_tensors(folder / "model.safetensors", weights)
         return
     policy.tokenizer.save_pretrained(folder)
     ends = policy.end_ids if len(policy.end_ids) > 1 else policy.end_ids[0]
@@ -43,7 +46,7 @@ def save(policy: Policy, folder: Path) -> None:
     values = policy.model.config.to_json() if ours else policy.model.model.config.to_dict()
     write_json(folder / "config.json", values | ids)
     write_json(folder / "generation_config.json", {"do_sample": True} | ids)
-    save_weights(folder / "model.safetensors", policy.model)
+    save_tensors(folder / "model.safetensors", weights)
 
 
 def find_checkpoint(name: str | Path, weights: bool = True) -> Path:

@@ -193,11 +193,6 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
         raise OSError(number, os.strerror(number), str(path)) from error
 
 
-def save_weights(path: Path, model) -> None:
-    """Write the model's `weights()` as safetensors."""
-    save_tensors(path, model.weights())
-
-
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file; raises UserError."""
     try:

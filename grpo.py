@@ -245,7 +245,7 @@ def train_step(run: "GRPORun", step: int) -> dict[str, float]:
     config, algorithm, policy = run.config, run.config.resolved_algorithm, run.policy
     clock = [time.perf_counter()]  # the start, then the end of sampling, scoring and updating
     run.optimizer.param_groups[0]["lr"] = config.learning_rate * min(1.0, step / max(1, config.warmup_steps))
-    with out_of_memory("--batch-size, --num-generations or --max-new-tokens"):
+    with out_of_memory("--batch-size, --num-generations or --max-new-tokens"), ranks.whole(policy.model):
         examples = take_prompts(run.data["train"], step, config.batch_size, config.seed)  # (1)
         rollout = sample_groups(run, examples, (config.seed, step, 0))  # (2)
         rewards, metrics = ranks.first(run.rewards, examples, rollout, run.position.reward_state)  # (3)
@@ -331,7 +331,8 @@ def update(
     start, losses, norms, all_sums, all_peaks = None, [], [], Counter(), {}
     for _ in range(config.num_inner_updates):
         if algorithm.advantage == "pairwise":  # which follows the policy as it is now
-            mean_logp, budget = runs.within_memory(mean_log_probs, (policy, rollout), budget, optimizer)
+            with ranks.whole(policy.model):
+                mean_logp, budget = runs.within_memory(mean_log_probs, (policy, rollout), budget, optimizer)
             advantages = pairwise_of_all(order, mean_logp, algorithm.preference_strength)
         given = (policy, reference, rollout, advantages, ref_logp, start, algorithm, denominator)
         (start, sums, peaks, bad), budget = runs.within_memory(backward, given, budget, optimizer)
@@ -359,7 +360,9 @@ def backward(
     not finite. Without `start_logp` they are the policy's own, so that the ratio is exactly 1.
     """
     old_logp, sums, peaks, bad = start_logp, Counter(), {"ratio_max": 0.0, "sampler_gap": 0.0}, []
-    for rows in micro_batches(rollout, token_budget, policy.layout):
+    batches = micro_batches(rollout, token_budget, policy.layout)
+    ranks.keep_step(policy.model, len(batches), lambda: policy.log_probs(rollout.select(batches[-1]))[0])
+    for rows in batches:
         part = rollout.select(rows)
         width = part.mask.shape[1]
         logp, entropy = policy.log_probs(part)
@@ -481,7 +484,8 @@ def validate(run: GRPORun, step: int) -> dict[str, float]:
         run.keep_best(lambda: save(run.policy, run.out))
     greedy, sampled = show_number(name, result.get(name, -math.inf)), show_number(name, score)
     run.say(f"step {step}: validation {name} {greedy} greedy, {sampled} sampled")
-    show_group(run, step)
+    with ranks.whole(run.policy.model):
+        show_group(run, step)
     return {f"validation_{name}": value for name, value in result.items()}
 
 
@@ -588,6 +592,8 @@ def prepare(config: GRPOConfig) -> GRPORun:
     if rewards.needs_scorer and not config.scorer:
         start = reference if reference and not config.ref_update_every else policy
         rewards.take_scorer(make_scorer(config, start))
+    if config.shard and not config.trace:
+        ranks.shard(policy.model)
     run = GRPORun(
         config=config, policy=policy, optimizer=runs.adamw(policy.model, weight_decay=0.0), last_step=config.steps,
         task=task, data=data, rewards=rewards, reference=reference,

@@ -123,7 +123,8 @@ def measure_completions(
             table["truncated"] += rollout.truncated.tolist()
         return table
 
-    tables = ranks.every(measure)
+    with ranks.whole(policy.model):
+        tables = ranks.every(measure)
     return {name: [value for part in tables for value in part[name]] for name in tables[0]}
 
 
@@ -349,7 +350,7 @@ def evaluate_run(run, policy: Policy, split: str, samples: int, seed: int = 0) -
     if not is_toy(policy) and ranks.FIRST:
         what = f"{count} {split.replace('_', '-')} problems, one greedy completion and {samples} samples of each"
         tqdm.write(f"evaluating: {what}, at most {config.max_new_tokens} tokens long (--eval-limit)", file=sys.stderr)
-    with out_of_memory("--batch-size, --num-generations or --max-new-tokens"):
+    with out_of_memory("--batch-size, --num-generations or --max-new-tokens"), ranks.whole(policy.model):
         return evaluate(policy, run.scored_task, run.data[split], config.max_new_tokens, samples, seed, rows)
 
 

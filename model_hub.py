@@ -105,12 +105,9 @@ class HubModel(nn.Module):
 
     def weights(self) -> dict[str, torch.Tensor]:
         """What a checkpoint holds: of tied tensors the first."""
-        seen, kept = set(), {}
-        for name, x in self.model.state_dict().items():
-            if (x.data_ptr(), x.shape) not in seen:
-                kept[name] = x
-            seen.add((x.data_ptr(), x.shape))
-        return kept
+        every, first = (self.model.named_parameters(remove_duplicate=same) for same in (False, True))
+        tied = {name for name, _ in every} - {name for name, _ in first}
+        return {name: x for name, x in self.model.state_dict().items() if name not in tied}
 
     def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
         """Take the weights of a checkpoint; raises RuntimeError if they do not fit."""

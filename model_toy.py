@@ -247,7 +247,7 @@ class Llama(nn.Module):
                 return attention_with(texts, q, k, v, mask).transpose(1, 2)
             return attention(q, k, v, mask, causal=mask is None and ids.shape[1] > 1).transpose(1, 2)
 
-        hidden = self.packed(ids, positions, attend)
+        hidden = Llama.packed(self, ids, positions, attend)  # without the hooks that sharding puts around both
         if cache is not None:
             cache.length = length
         return hidden

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+import ranks
 from attention import Packed
 from commands import UserError, printable
 from model_toy import Llama, prepacked
@@ -219,7 +220,8 @@ class TokenPolicy:
         choose = (lambda log_probs, _: log_probs.argmax(-1)) if greedy else inverse_cdf
         noise = self.exploration_noise if explore and not greedy else 0.0
         lengths = packed.prompt_mask.sum(1)[group]
-        actor = self if self.dtype == torch.float32 else frozen(self)  # casts the weights once, not at each token
+        # The copy casts the weights once, not at each token; what is sharded is not copied, autocast keeps its casts.
+        actor = self if self.dtype == torch.float32 or ranks.is_sharded(self.model) else frozen(self)
         with torch.no_grad(), self.autocast(), prepacked(actor.model, len(group)):
             cache = actor.model.new_cache()
             hidden, key_mask = actor.prefill(packed, cache)  # (P, C)
@@ -288,13 +290,14 @@ class TokenPolicy:
     def layout(self) -> str:
         """How a scoring pass lays out its tokens: `packed` (real ones only) if the model can, else padded.
 
-        Padded, each prompt is computed once and `shared` by its rows through a cache, or, where gradient checkpointing
-        would extend the cache a second time, `joined` with each row. `windowed` is shared, but for what all prompts
-        begin with: between that and the rest of a prompt padding would take places of the window.
+        Padded, each prompt is computed once and `shared` by its rows through a cache, or `joined` with each row where
+        gradient checkpointing would extend the cache a second time, or where ranks with a part of the weights each must
+        call the model equally often. `windowed` is shared, but for what all prompts begin with: between that and the
+        rest of a prompt padding would take places of the window.
         """
         if isinstance(self.model, Llama):
             return "packed"
-        if self.model.checkpointing:
+        if self.model.checkpointing or ranks.is_sharded(self.model):
             return "joined"
         return "windowed" if self.model.windowed else "shared"
 
@@ -346,8 +349,10 @@ class TokenPolicy:
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Matrix products in `dtype`; weights stay as they are, and logits and all that follows are float32."""
-        low = self.dtype != torch.float32
-        return torch.autocast(self.device.type, self.dtype) if low else contextlib.nullcontext()
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        kept = not (ranks.is_sharded(self.model) and torch.is_grad_enabled())  # casts, which would be of all weights
+        return torch.autocast(self.device.type, self.dtype, cache_enabled=kept)
 
     def completion_positions(self, rollout: Rollout) -> torch.Tensor:
         """Positions (B, T - 1) of all completion tokens but the last, which predicts nothing."""

@@ -66,6 +66,10 @@ class RunSettings:
     deterministic: bool = option(
         False, "Only operations whose result does not vary; on a GPU slower.", "memory and device", may_change=True
     )
+    shard: bool = option(
+        False, "Split weights, gradients and optimizer among torchrun's processes; the reference stays whole.",
+        "memory and device", may_change=True,
+    )  # fmt: skip
     eval_every: int = option(5, "Measure on validation problems every so many steps.", "how long", above_zero=True)
     patience: int | None = option(
         None, "Stop after so many validations without a better one. Default: never.", "how long", above_zero=True
@@ -79,6 +83,10 @@ class RunSettings:
 
     def __post_init__(self):
         check_settings(self)
+        if self.shard and ranks.WORLD == 1:
+            raise UserError("--shard needs torchrun with at least 2 processes; leave it out")
+        if self.shard and self.policy == "autoencoder":
+            raise UserError("--shard is for transformers, an autoencoder is small; leave it out")
 
 
 def parse_settings(settings: type, description: str, examples: str):
@@ -98,6 +106,7 @@ def parse_settings(settings: type, description: str, examples: str):
             raise UserError(f"--resume: {path} does not hold the settings of such a run; start again with --overwrite")
         stored = {name: f.default for name, f in known.items()} | stored  # an older run lacks newer settings
         refuse_strange_code(stored, arguments)
+        stored["shard"] &= ranks.WORLD > 1  # one process goes on with the whole
         parser.set_defaults(**stored | {"out": arguments.out, "resume": True, "overwrite": False})
         arguments = parser.parse_args()
         fixed = [name for name, f in known.items() if not f.metadata["may_change"]]
@@ -222,7 +231,8 @@ class Run:
 
     def save_before_leaving(self) -> str:
         """Save the state that the weights in memory are, if they are one; what to go on from, in words."""
-        if self.settled is not None and (self.settled.step or self.settled.best_step is not None):
+        begun = self.settled is not None and (self.settled.step or self.settled.best_step is not None)
+        if begun and (not ranks.is_sharded(self.policy.model) or ranks.all_leave()):
             try:
                 self.save_state()
             except OSError as error:
@@ -286,9 +296,7 @@ class Run:
 
     def save_state(self) -> None:
         """Write the state that the weights in memory are, after the lines that wait; raises OSError."""
-        self.write_lines()
-        if ranks.FIRST:
-            save_state(self.out, self.settled, self.models, self.optimizer)
+        save_state(self.out, self.settled, self.models, self.optimizer, self.write_lines)
 
     def record(self, metrics: dict[str, float]) -> dict[str, float]:
         """Note what a step measured once its update is done, so that a run that is stopped has not lost it."""
@@ -317,7 +325,7 @@ class Run:
             except OSError as error:
                 return describe(error)
 
-        failed = ranks.first(attempt)
+        failed, *_ = ranks.every(attempt)
         if failed:
             self.position.best_step, self.position.best_score = self.settled.best_step or 0, -math.inf
             self.say(f"warning: the best checkpoint is not saved: {failed}", file=sys.stderr)
@@ -412,7 +420,7 @@ def descend(optimizer: torch.optim.Optimizer, largest: float, rows: list[dict]) 
     Raises NotFinite, before the optimizer moves, if that is no number.
     """
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(weights, largest).item()
+    norm = ranks.full(torch.nn.utils.clip_grad_norm_(weights, largest)).item()
     if not math.isfinite(norm):
         raise NotFinite(f"the norm of the gradient is {norm}", sum(ranks.gather(rows), []))
     optimizer.step()
@@ -422,11 +430,13 @@ def descend(optimizer: torch.optim.Optimizer, largest: float, rows: list[dict]) 
 
 def within_memory(function: Callable, given: tuple, token_budget: int, optimizer: torch.optim.Optimizer) -> tuple:
     """What `function(*given, token_budget)` gives, and the budget: halved, gradients cleared, while memory runs out."""
+    awaited = ranks.is_sharded(optimizer.param_groups[0]["params"][0])  # by the other ranks, who are in the same pass
     while True:
         try:
-            return function(*given, token_budget), token_budget
+            with ranks.talking(only=False) if awaited else contextlib.nullcontext():
+                return function(*given, token_budget), token_budget
         except (MemoryError, RuntimeError) as error:
-            if not commands.is_out_of_memory(error) or token_budget < 32:  # of which hardly a row needs less
+            if not commands.is_out_of_memory(error) or awaited or token_budget < 32:  # of which hardly a row needs less
                 raise
         optimizer.zero_grad()
         token_budget //= 2

@@ -45,8 +45,11 @@ def cross_entropy(
     That is their number, or that of all ranks. With `learn` its gradient is accumulated.
     """
     tokens, total = tokens or count_tokens(rollout, copies), 0.0
+    batches = micro_batches(rollout, token_budget, policy.layout)
+    if learn:
+        ranks.keep_step(policy.model, len(batches), lambda: policy.log_probs(rollout.select(batches[-1]))[0])
     with torch.set_grad_enabled(learn):
-        for rows in micro_batches(rollout, token_budget, policy.layout):
+        for rows in batches:
             logp, _ = policy.log_probs(rollout.select(rows), entropy=False)
             loss = -(logp.sum(1) * copies[rows]).sum() / tokens
             if learn:
@@ -112,7 +115,7 @@ def validate(run: SFTRun, step: int) -> dict[str, float]:
     rollout, copies = run.validation
     rows = ranks.own(torch.arange(len(copies), device=copies.device))
     tokens = ranks.total({"tokens": count_tokens(rollout.select(rows), copies[rows])})["tokens"]
-    with out_of_memory("--micro-batch-tokens"):
+    with out_of_memory("--micro-batch-tokens"), ranks.whole(run.policy.model):
         part = (rollout.select(rows), copies[rows], run.config.micro_batch_tokens)
         loss = ranks.total({"loss": cross_entropy(run.policy, *part, learn=False, tokens=tokens)})["loss"]
     run.note_score(step, -loss)
@@ -129,7 +132,7 @@ def train(config: "SFTConfig") -> Policy:
             if run.is_due(step, run.config.eval_every):
                 metrics |= validate(run, step)
             run.log(step, metrics)
-    ranks.first(save, run.policy, run.out)
+    ranks.every(lambda: save(run.policy, run.out))
     return run.policy
 
 
@@ -193,6 +196,8 @@ def prepare(config: SFTConfig) -> SFTRun:
     if min(count, config.batch_size, len(demonstrations["validation"][1])) < ranks.WORLD:
         raise UserError(f"{ranks.WORLD} processes need a --batch-size, and demonstrations, of as many at least")
     states.start_run(config, revision=getattr(policy, "revision", None))
+    if config.shard:
+        ranks.shard(policy.model)
     states.pin(config, model=states.digest_of(policy.model), data=states.digest_of(data=data))
     steps = max(1, round(config.epochs * count / config.batch_size))
     run = SFTRun(
@@ -227,7 +232,7 @@ def main() -> None:
     data = load_task(task, policy.chat, config.limit, config.shots, data=config.data)
     width = min(task.max_new_tokens, policy.model.max_length // 2)  # a short context must hold a question, too
     held_out = policy.fitting({"held_out": data["held_out"]}, width)["held_out"]
-    with out_of_memory("--batch-size"):
+    with out_of_memory("--batch-size"), ranks.whole(policy.model):
         result = evaluate(policy, task, held_out, width, samples=4, batch_rows=config.batch_size)
     if ranks.FIRST:
         commands.write_json(Path(config.out) / "evaluation.json", {"last": result})

@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -26,7 +27,6 @@ from commands import (
     load_weights,
     read_json,
     save_tensors,
-    save_weights,
     write_json,
 )
 
@@ -190,23 +190,25 @@ def states(out: Path) -> list[tuple[int, Path]]:
     return sorted(((int(path.name.removesuffix("+")), path) for path in found), reverse=True)
 
 
-def save_state(out: Path, position: Position, models: dict, optimizer: torch.optim.Optimizer) -> None:
+def save_state(
+    out: Path, position: Position, models: dict, optimizer: torch.optim.Optimizer, write_logs: Callable = lambda: None
+) -> None:
     """Write all that continuing after the position needs to out/resume/STEP; the newest two stay.
 
     The folder is written under another name and renamed, so that a state is there whole or not at all; one that is
     there stays as it is. `models` are those that training changes, by the name of their file; the optimizer's is
-    "weights". The best checkpoint so far is kept by a hard link.
+    "weights". The best checkpoint so far is kept by a hard link. The first rank writes, what is sharded all give.
     """
     folder, partial = out / "resume" / position.folder, out / "resume" / ".partial"
-    if folder.exists():
+    weights, moments = {name: model.weights() for name, model in models.items()}, moments_of(models, optimizer)
+    if folder.exists() or not ranks.FIRST:
         return
+    write_logs()  # without its lines a state would be less than the run
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    names = [name for name, _ in models["weights"].named_parameters()]
-    moments = {f"{names[i]} {key}": x for i, s in optimizer.state_dict()["state"].items() for key, x in s.items()}
     try:
-        for name, model in models.items():
-            save_weights(partial / f"{name}.safetensors", model)
+        for name, tensors in weights.items():
+            save_tensors(partial / f"{name}.safetensors", tensors)
         save_tensors(partial / "optimizer.safetensors", moments)
         write_json(partial / "position.json", dataclasses.asdict(position))
         if (out / "model.safetensors").exists():
@@ -222,6 +224,17 @@ def save_state(out: Path, position: Position, models: dict, optimizer: torch.opt
     for _, old in states(out)[2:]:
         shutil.rmtree(old)
     shutil.rmtree(out / REPLACED, ignore_errors=True)
+
+
+def moments_of(models: dict, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """What the optimizer keeps of each weight, whole, under its name; on the other ranks nothing."""
+    names, moments = [name for name, _ in models["weights"].named_parameters()], {}
+    for i, kept in optimizer.state_dict()["state"].items():
+        for key, x in kept.items():
+            x = ranks.full(x)
+            if ranks.FIRST:
+                moments[f"{names[i]} {key}"] = x.cpu()  # one after the other, not all at once on the device
+    return moments
 
 
 def checksums(folder: Path) -> dict[str, str]:
@@ -281,9 +294,10 @@ def read_state(folder: Path, step: int, models: dict, optimizer: torch.optim.Opt
     if position.step != step:
         raise ValueError("position.json is not of this step")
     moments, state = load_tensors(folder / "optimizer.safetensors"), optimizer.state_dict()
-    for i, (name, _) in enumerate(models["weights"].named_parameters()):
+    for i, (name, weight) in enumerate(models["weights"].named_parameters()):
         if f"{name} step" in moments:  # not before the first step
-            state["state"][i] = {key: moments[f"{name} {key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+            kept = {key: moments[f"{name} {key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+            state["state"][i] = {key: ranks.split(x, weight) for key, x in kept.items()}
     for name, model in models.items():
         load_weights(folder / f"{name}.safetensors", model)
     optimizer.load_state_dict(state)

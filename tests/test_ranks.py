@@ -1,8 +1,9 @@
 """Several processes, as torchrun starts them, against one: the same gradient, the same run, no waiting for the dead.
 
-    torchrun --nproc-per-node 2 tests/test_ranks.py BASE OUT.safetensors
+    torchrun --nproc-per-node 2 tests/test_ranks.py BASE OUT.safetensors [sharded [NAME ...]]
 
-is what the tests start: a step of every row of the table, in float64, from one policy, whose weights it writes.
+is what the tests start: a step of every row of the table, or of those named, in float64, from one policy, whose weights
+it writes.
 """
 
 import contextlib
@@ -23,14 +24,17 @@ import bench_faults
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_real_models import write_checkpoint
 
 import grpo
 import ranks
 import rewards
 import states
 from grpo import ALGORITHMS, GRPOConfig
+from policy import TokenPolicy
 
 ROOT = Path(grpo.__file__).parent
+SHARDED = ("grpo", "dapo", "pairwise", "checkpointed")  # steps that are taken with sharded weights, too
 
 
 def uneven(prompts, completions, completion_ids, **_) -> list[float | None]:
@@ -40,22 +44,41 @@ def uneven(prompts, completions, completion_ids, **_) -> list[float | None]:
     return [None if i in (5, 6, 13) else value for i, value in enumerate(values)]
 
 
-def weights_of_a_step(base: str, out: str) -> None:
+def watch_shards() -> list[int]:
+    """Shard in float64, score in chunks, and note the passes of each inner update: the list grows."""
+    shard, keep_step, passes = ranks.shard, ranks.keep_step, []
+
+    def noted(model, count, again):
+        passes.append(count)
+        keep_step(model, count, again)
+
+    ranks.shard, ranks.keep_step = lambda model: shard(model.double()), noted
+    TokenPolicy.chunk_logits = 500
+    return passes
+
+
+def weights_of_a_step(base: str, out: str, sharded: str = "", *names: str) -> None:
     """The weights after a step of plain gradient descent, by the name of the row."""
     rewards.REWARDS["uneven"] = uneven
-    found, folder = {}, Path(out).parent / f"of_{ranks.WORLD}"
+    passes = watch_shards() if sharded else []
+    how = {"shard": True, "micro_batch_tokens": 40} if sharded else {}
+    found, folder = {}, Path(out).with_suffix("")
     cells = {name: {"algorithm": name} for name in ALGORITHMS}
     cells["batch_std"] = {"advantage": "batch_std"}
     cells["batch_mean"] = {"advantage": "batch_mean"}
+    cells["checkpointed"] = {"gradient_checkpointing": True}
     for name, cell in cells.items():
+        if names and name not in names:
+            continue
         config = GRPOConfig(
             model=base, out=str(folder / name), rewards="uneven=1", batch_size=5, num_generations=4, max_new_tokens=8,
             eval_limit=2, learning_rate=1.0, warmup_steps=0, clip_grad_norm=1e9, device="cpu", num_inner_updates=2,
-            **cell,
+            **cell, **how,
         )  # fmt: skip
         run = grpo.prepare(config)
         for policy in filter(None, (run.policy, run.reference)):
-            policy.model.double()
+            if not ranks.is_sharded(policy.model):
+                policy.model.double()
         run.optimizer = torch.optim.SGD(run.policy.model.parameters(), 1.0)
         with run:
             metrics = grpo.train_step(run, 1)
@@ -66,6 +89,8 @@ def weights_of_a_step(base: str, out: str) -> None:
     the_firsts.grad = torch.ones(1) if ranks.FIRST else None
     ranks.add_gradients([nobodys, the_firsts])
     assert nobodys.grad is None and the_firsts.grad == 1  # or the optimizer would move what has no gradient
+    if sharded:
+        assert len(set(map(tuple, ranks.gather(passes)))) == ranks.WORLD, "all ranks have as many passes"
     if ranks.FIRST:
         save_file(found, out)
 
@@ -91,26 +116,46 @@ def base(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def steps(base, tmp_path_factory) -> dict[int, dict[str, torch.Tensor]]:
-    """What one, two and four processes make of a step of each row."""
-    folder, found = tmp_path_factory.mktemp("steps"), {}
-    for count in (1, 2, 4):
-        finish(torchrun(count, __file__, str(base), str(folder / f"{count}.safetensors")))
-        found[count] = load_file(folder / f"{count}.safetensors")
-    return found
+def steps(base, tmp_path_factory) -> dict[str, dict[str, torch.Tensor]]:
+    """What one, two and four processes, and two with sharded weights, make of a step of each row."""
+    folder = tmp_path_factory.mktemp("steps")
+    found = {how: step_of(base, folder, how) for how in ("1", "2", "4")}
+    return found | {"2 sharded": step_of(base, folder, "2 sharded", *SHARDED)}
 
 
-@pytest.mark.parametrize("count", [2, 4])
-@pytest.mark.parametrize("name", [*ALGORITHMS, "batch_std", "batch_mean"])
-def test_a_step_of_several_ranks_is_that_of_one(base, steps, name, count):
-    start = grpo.load(base, "cpu").model.weights()
+def step_of(base: Path, folder: Path, how: str, *names: str) -> dict[str, torch.Tensor]:
+    count, _, sharded = how.partition(" ")
+    finish(torchrun(int(count), __file__, str(base), str(folder / f"{how}.safetensors"), sharded, *names))
+    return load_file(folder / f"{how}.safetensors")
+
+
+def assert_equal_steps(base: Path, name: str, alone: dict[str, torch.Tensor], several: dict[str, torch.Tensor]) -> None:
     moved, difference = 0.0, 0.0
-    for key, weight in start.items():
-        alone, several = (steps[n][f"{name} {key}"] for n in (1, count))
-        moved += float((alone - weight).square().sum())
-        difference += float((several - alone).square().sum())
+    for key, weight in grpo.load(base, "cpu").model.weights().items():
+        moved += float((alone[f"{name} {key}"] - weight).square().sum())
+        difference += float((several[f"{name} {key}"] - alone[f"{name} {key}"]).square().sum())
     assert moved > 0 and difference**0.5 <= 1e-6 * moved**0.5
-    torch.testing.assert_close(steps[count][f"{name} metrics"], steps[1][f"{name} metrics"], rtol=1e-6, atol=1e-12)
+    torch.testing.assert_close(several[f"{name} metrics"], alone[f"{name} metrics"], rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("how", ["2", "4"])
+@pytest.mark.parametrize("name", [*ALGORITHMS, "batch_std", "batch_mean"])
+def test_a_step_of_several_ranks_is_that_of_one(base, steps, name, how):
+    assert_equal_steps(base, name, steps["1"], steps[how])
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_a_step_of_sharded_ranks_with_unequal_passes_is_that_of_one(base, steps, name):
+    assert_equal_steps(base, name, steps["1"], steps["2 sharded"])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_step_of_a_sharded_model_of_transformers_is_that_of_one_process(tmp_path, tied):
+    write_checkpoint(tmp_path / "base", "qwen3", tie_word_embeddings=tied)
+    names = ("grpo", "checkpointed")
+    alone, several = (step_of(tmp_path / "base", tmp_path, how, *names) for how in ("1", "2 sharded"))
+    for name in names:
+        assert_equal_steps(tmp_path / "base", name, alone, several)
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +198,25 @@ def test_two_ranks_saved_are_resumed_by_four_and_by_one(runs_of):
         out = runs_of(2, "part").parent / name
         shutil.copytree(out.parent / "part", out)
         close(runs_of(count, name, "--resume", "--steps", "12"), runs_of(1, "one"))
+
+
+def test_what_sharded_ranks_save_one_resumes_and_they_what_it_saves(runs_of):
+    part, one = runs_of(2, "sharded", "--steps", "6", "--shard"), runs_of(1, "one, part", "--steps", "6")
+    for name in ("weights", "optimizer", "reference"):
+        kept, known = (load_file(out / "resume" / "000006" / f"{name}.safetensors") for out in (part, one))
+        assert {key: x.shape for key, x in kept.items()} == {key: x.shape for key, x in known.items()}
+    close(runs_of(1, "sharded", "--resume", "--steps", "12"), runs_of(1, "one"))
+    close(runs_of(2, "one, part", "--resume", "--steps", "12", "--shard"), runs_of(1, "one"))
+
+
+def test_fine_tuning_of_sharded_ranks_is_that_of_one_process(base, tmp_path):
+    command = [str(ROOT / "sft.py"), "--model", str(base), "--limit", "24", "--batch-size", "6", "--device", "cpu"]
+    command += ["--copies", "2", "--epochs", "2", "--eval-every", "3", "--learning-rate", "0.001"]
+    finish(torchrun(1, *command, "--out", str(tmp_path / "one")))
+    finish(torchrun(2, *command, "--out", str(tmp_path / "two"), "--shard", "--micro-batch-tokens", "60"))
+    close(tmp_path / "one", tmp_path / "two")
+    ends = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
+    torch.testing.assert_close(*ends, rtol=1e-3, atol=1e-4)
 
 
 def test_a_dead_rank_ends_the_others_and_a_restart_goes_on(base, tmp_path):

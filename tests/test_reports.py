@@ -554,7 +554,7 @@ EFFECTS = {
         "asked": "judge_url=http://two/v1 judge_model=two judge_scale=2",
         "files": "out=elsewhere save_every=1 dry_run trace",
         "error": "device=abacus policy=autoencoder resume overwrite chat_template=absent thinking=on max_bad_steps=1 "
-        "reward_timeout=0.001",
+        "reward_timeout=0.001 shard",
         "mode": "deterministic",
     },
     "sft": {
@@ -564,7 +564,8 @@ EFFECTS = {
         "work": "gradient_checkpointing micro_batch_tokens=50",
         "table": "task=odd_even",
         "files": "out=elsewhere save_every=1",
-        "error": "device=abacus policy=autoencoder resume overwrite chat_template=absent thinking=on max_bad_steps=1",
+        "error": "device=abacus policy=autoencoder resume overwrite chat_template=absent thinking=on max_bad_steps=1 "
+        "shard",
         "mode": "deterministic",
     },
     "inference": {
