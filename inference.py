@@ -359,13 +359,14 @@ def report(run) -> None:
     import plot_metrics  # here, since matplotlib is slow to import and a question needs no figure
 
     config, position, out = run.config, run.position, run.out
-    results = read_json(out / "evaluation.json")
+    base = read_json(out / "evaluation.json").get("base")
+    sound = isinstance(base, dict) and all(isinstance(value, float | int) for value in base.values())
     last = {"step": position.step, **evaluate_run(run, run.policy, "held_out", samples=4)}
     best = last
     if position.best_step != position.step:
         policy = load(out, run.policy.device, config.dtype, config.temperature, config.exploration_noise)
         best = {"step": position.best_step, **evaluate_run(run, policy, "held_out", samples=4)}
-    results |= {"best": best, "last": last}
+    results = ({"base": base} if sound else {}) | {"best": best, "last": last}
     if not ranks.FIRST:
         return
     write_json(out / "evaluation.json", results)

@@ -31,7 +31,7 @@ from commands import (
     parser_for,
     read_json,
 )
-from states import FORMAT, Position, load_state, note_stretch, save_state, states
+from states import FORMAT, Position, lines_until, load_state, note_stretch, save_state, states
 
 
 @dataclass(frozen=True)
@@ -237,6 +237,8 @@ class Run:
                 self.save_state()
             except OSError as error:
                 print(f"no state saved: {describe(error)}", file=sys.stderr)
+        if not ranks.FIRST:
+            return "what is saved the first process says"
         kept = states(self.out)
         return f"saved after step {kept[0][0]}" if kept else "no state is saved yet"
 
@@ -369,8 +371,7 @@ class Run:
 
     def last_metrics(self) -> dict[str, float]:
         """The last line of metrics.jsonl, {} before there is one."""
-        path = self.out / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        lines = lines_until(self.out / "metrics.jsonl", sys.maxsize).splitlines()
         return json.loads(lines[-1]) if lines else {}
 
     def warn(self, metrics: dict[str, float]) -> None:
@@ -400,6 +401,9 @@ class Run:
         position = load_state(self.out, self.models, self.optimizer, write)
         if position is not None:
             self.position = position
+        elif self.last_metrics().get("step", 0):
+            what = f"{str(self.out)!r} has a log of steps, and no state to go on from"
+            raise UserError(f"--resume: {what}; begin again with --overwrite, from its weights with --model")
         elif write and ranks.FIRST:
             for name in ("metrics.jsonl", "samples.jsonl"):
                 (self.out / name).unlink(missing_ok=True)

@@ -135,6 +135,8 @@ def pin(config, **digests: str) -> None:
         path = Path(config.out) / "run.json"
         stored = read_json(path)
         pinned = stored.get("starts_from", {})
+        if not isinstance(pinned, dict):
+            raise UserError(f"--resume: {path} does not say what the run starts from; start again with --overwrite")
         for name, digest in digests.items():
             if pinned.get(name, digest) != digest:
                 what = f"{flag_of(name)} is not what the run was made with"
@@ -152,7 +154,8 @@ def note_stretch(config, step: int) -> None:
     """Keep in run.json that a run goes on from a step, with what settings, and on which machine."""
     path, settings = Path(config.out) / "run.json", dataclasses.asdict(config)
     stored = read_json(path)
-    stretches = [*stored.get("resumed", []), {"step": step, **about_machine()}]
+    before = stored.get("resumed")
+    stretches = [*(before if isinstance(before, list) else []), {"step": step, **about_machine()}]
     write_json(path, stored | {"settings": settings, "resumed": stretches, "launch": ranks.launch()})
 
 
@@ -186,7 +189,7 @@ class Position:
 
 def states(out: Path) -> list[tuple[int, Path]]:
     """The states of a run by number, newest first."""
-    found = [path for path in (out / "resume").glob("[0-9]*") if path.name.removesuffix("+").isdigit()]
+    found = [path for path in (out / "resume").glob("[0-9]*") if path.name.removesuffix("+").isdecimal()]
     return sorted(((int(path.name.removesuffix("+")), path) for path in found), reverse=True)
 
 
@@ -307,7 +310,7 @@ def read_state(folder: Path, step: int, models: dict, optimizer: torch.optim.Opt
 def lines_until(path: Path, step: int) -> str:
     """The whole lines of a metrics file up to and including a step; raises UserError."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
         return "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"--resume: {path} is damaged ({error}); use --overwrite to start again") from error

@@ -566,6 +566,36 @@ def test_a_look_at_a_run_changes_nothing_in_its_folder(base, tmp_path, monkeypat
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == files
 
 
+def test_a_run_whose_states_somebody_deleted_is_not_begun_again_over_its_logs(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(grpo, "report", lambda run: None)
+    grpo.train(settings(base, tmp_path))
+    shutil.rmtree(tmp_path / "resume")
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="has a log of steps, and no state to go on from; begin again with --overwrite"):
+        grpo.train(settings(base, tmp_path, resume=True))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "message"),
+    [
+        ("run.json", {"resumed": None}, None),
+        ("run.json", {"starts_from": []}, "does not say what the run starts from"),
+        ("evaluation.json", {"base": 5}, None),
+        ("evaluation.json", {"base": {"accuracy_low": []}}, None),
+    ],
+)
+def test_values_of_another_type_in_a_runs_files_are_passed_over_or_told(base, tmp_path, name, changed, message):
+    grpo.train(settings(base, tmp_path, steps=1))
+    path = tmp_path / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+        grpo.report(grpo.train(settings(base, tmp_path, resume=True, steps=2)))
+        assert len(json.loads((tmp_path / "run.json").read_text())["resumed"]) == 1
+        kept = ["best", "last"] + ["base"] * (name == "run.json")
+        assert sorted(json.loads((tmp_path / "evaluation.json").read_text())) == sorted(kept)
+
+
 def test_nobody_elses_code_or_address_is_used_unasked(tmp_path, monkeypatch):
     for name, value in (("rewards", f"{tmp_path}/their.py:mine=1"), ("judge_url", "http://example.com/v1")):
         stored = {"task": "arithmetic", "rewards": "judge=1" if name == "judge_url" else value, name: value}
