@@ -250,7 +250,7 @@ def judge(name: str, function, options) -> Verdict:
     try:
         names = parameters_of(name, function)
         if name == "sample":
-            return judge_samples(function, names)
+            return judge_samples(name, function, names)
         cases = [case for case in known.cases_of(name) if names.issuperset(case.needs)]
         failed = None
         for kind in kinds_for(function, options.arrays):
@@ -294,7 +294,7 @@ def unknown(name: str, cases: list[Case], seen: list[Numbers], near: list[Candid
         if not known.is_finite(numbers):
             raise Unusable(f"called with {case.what}: it gave NaN or infinity; expected finite numbers")
     gap, nearest = min(((distance(seen, cases, c), c) for c in near), key=lambda pair: (pair[0], pair[1].changes))
-    for candidate in near:
+    for candidate in sorted(near, key=lambda c: c.changes):
         factor = multiple(seen, [candidate.give(case) for case in cases])
         if factor is not None:
             told = f"differs: {factor:.6g} times {candidate.name} in every case; is it a sum, or is a constant another?"
@@ -313,7 +313,7 @@ def multiple(seen: list[Numbers], given: list[Numbers]) -> float | None:
     return factor if fits and factor else None
 
 
-def judge_samples(function, names: set[str]) -> Verdict:
+def judge_samples(name: str, function, names: set[str]) -> Verdict:
     """The verdict on a sampler."""
     worst, count = 1.0, len(samples.PROMPTS) * samples.GROUP
     given = {"model": None, "prompts": [list(prompt) for prompt in samples.PROMPTS], "group_size": samples.GROUP}
@@ -321,19 +321,19 @@ def judge_samples(function, names: set[str]) -> Verdict:
     for temperature in (1.0, 0.7) if "temperature" in names else (1.0,):
         handed = {key: value for key, value in {**given, "temperature": temperature}.items() if key in names}
         samples.seed_all()
-        rows = call("sample", function, handed, lambda result, _: samples.rows_of(result, take_back))
+        rows = call(name, function, handed, lambda result, _: samples.rows_of(result, take_back))
         if len(rows) != count:
-            raise Unusable(f"{called_with('sample', handed)} gave {len(rows)} completions; expected {count}")
+            raise Unusable(f"called as {called_with(name, handed)}: it gave {len(rows)} rows; expected {count}")
         p, what = samples.against_exact(rows, temperature)
         worst = min(worst, p)
         if p >= samples.LEAST_P:
             continue
         if temperature != 1 and samples.against_exact(rows, 1.0)[0] >= samples.LEAST_P:
-            return Verdict("sample", "differs", f"differs: at temperature {temperature} it samples as at 1", p)
+            return Verdict(name, "differs", f"differs: at temperature {temperature} it samples as at 1", p)
         faults = samples.faults_like(rows, temperature)
         equals = [with_faults(Candidate("the sampler", None, (fault,))) for fault in faults]
         told = f"differs: samples as {', or '.join(equals)}" if faults else "differs from every sampler known here"
-        return Verdict("sample", "differs", f"{told}; {what}", p, equals, [[number_of(fault)] for fault in faults])
+        return Verdict(name, "differs", f"{told}; {what}", p, equals, [[number_of(fault)] for fault in faults])
     told = f"right: {samples.GROUP} samples of each prompt come in the model's proportions, chi-square p = {worst:.2g}"
     return Verdict(
         "sample", "right", told + (" (not asked: a temperature)" if "temperature" not in names else ""), worst

@@ -102,6 +102,7 @@ def advantage_cases() -> list[Case]:
         "rewards of 0 and 1, and a group of equal ones": [[1, 0, 0, 1], [0, 0, 0, 0]],
         "real rewards, some negative, with ties": [[0.5, -1.25, 2, 0.5], [3, 3, -1, 0.75], [-2, -2.5, -2, -4]],
         "equal rewards whose mean rounds to another number": [*flat, [0.2, 0.9, 0.4, 0.4, -0.6, 1.3, 0.1]],
+        "rewards that hardly differ": [[0.0001, 0.0, 0.0003, 0.0002], [0.0, 0.0001, 0.0, 0.0]],
         "groups of two": [[1.0, 0.25], [0.0, 1.0], [0.5, 0.5]],
     }
     return [Case(what, {"rewards": np.array(values, dtype=float)}) for what, values in rewards.items()]
@@ -262,7 +263,7 @@ def fitted(algorithm, row, name: str, estimator: str | None, faults, case: Case,
     if estimator and estimator != row.kl_estimator:
         changes.append(f"kl_estimator {estimator}")
     shown = f"`{name}`" + (" with " if changes else "") + ", ".join(changes)
-    return Candidate(shown, give, faults, len(changes), beta >= 0, with_cells(algorithm, beta=abs(beta)))
+    return Candidate(shown, give, faults, len(changes), beta >= 0, (algorithm, beta))
 
 
 def flat(numbers: Numbers, like: Numbers) -> np.ndarray:

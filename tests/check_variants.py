@@ -317,3 +317,29 @@ RIGHT: list[tuple[str, str, str]] = [
     ("pass_at_k", "", PASS),
     ("pass_at_k", "", "import numpy as np\ndef pass_at_k(n, c, k):\n    return 1.0 if n - c < k else 1 - np.prod(1 - k / np.arange(n - c + 1, n + 1))\n"),
 ]  # fmt: skip
+
+HEAD = "import torch\n\ndef policy_loss(logp, old_logp, advantages, mask):\n    "
+# What cannot be checked, and what is said of it.
+UNUSABLE: list[tuple[str, str]] = [
+    ("1 / 0\n", "does not import: ZeroDivisionError: division by zero"),
+    ("import sys\nsys.exit('no')\n", "does not import: SystemExit: no"),
+    ("def other():\n    pass\n", "defines none of group_advantages, policy_loss, kl,"),
+    ("def kl(p, q):\n    return p - q\n", "it has the parameters p, q; expected logp, ref_logp, by these names"),
+    ("def kl(logp, ref_logp, beta):\n    return 0\n", "it has the parameters logp, ref_logp, beta; expected logp,"),
+    (HEAD + "return logp.mean(1)\n", "it gave the shape [6]; expected a single number"),
+    (HEAD + "return logp.detach().mean()\n", "it gave no gradient: expected a torch tensor that logp can be trained by"),
+    (HEAD + "return (logp * torch.nan).mean()\n", "it gave NaN or infinity; expected finite numbers"),
+    (HEAD + "advantages -= advantages.mean()\n    return (logp * advantages[:, None]).mean()\n", "it changed advantages in place"),
+    (HEAD + "logp += 1\n    return logp.mean()\n", "RuntimeError: a leaf Variable that requires grad"),
+    (HEAD + "raise ValueError('two\\nlines')\n", "ValueError: two; expected a scalar loss"),
+    (HEAD + "return old_logp.requires_grad_().sum()\n", "no gradient reaches logp"),
+    (HEAD + "return 'text'\n", "it gave no gradient"),
+    ("def group_advantages(rewards):\n    return rewards[0]\n", "it gave the shape [4]; expected [2, 4], or the same in one row"),
+    ("def group_advantages(rewards):\n    return [['a'] * 4] * 2\n", "it gave list; expected numbers"),
+    (but(MASK, ("return mask", "ids[:] = 0\n    return mask")), "it changed ids in place"),
+    ("def log_probs(model, prompts, completions):\n    return prompts\n", "it gave rows of the shapes [[4], [2], [3]]; expected"),
+    ("def log_probs(model, prompts, completions):\n    prompts[0].append(1)\n    return [[0.0] * len(c) for c in completions]\n", "it changed prompts in place"),
+    (but(SAMPLER, ("return rows", "return rows[1:]")), "it gave 2999 rows; expected 3000"),
+    (but(SAMPLER, ("return rows", "return None")), "TypeError: 'NoneType' object is not iterable; expected a list of P * G"),
+    ("def pass_at_k(n, c, k):\n    return [n, c]\n", "it gave the shape [2]; expected a single number"),
+]  # fmt: skip
