@@ -25,8 +25,6 @@ from check import Unusable, Verdict, check  # noqa: E402
 from check_variants import FAULTY, RIGHT, UNUSABLE, loss  # noqa: E402
 from faults import FAULTS  # noqa: E402
 
-pytestmark = pytest.mark.math
-
 
 @functools.cache
 def verdict(text: str, *flags: str) -> Verdict:
@@ -64,6 +62,24 @@ def test_there_are_enough_of_both_and_every_fault_that_concerns_these_functions_
         set().union(*of.values()) | around == set(range(1, len(FAULTS) + 1)) and not set().union(*of.values()) & around
     )
     assert len(RIGHT) >= 50
+    counted = f"{len(FAULTY)} functions with faults and {len(RIGHT)} without"
+    assert counted in (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_fault_moves_some_number_by_far_more_than_is_forgiven():
+    """In each row it either changes nothing at all or at least 100 times what `check.py` takes for equal."""
+    moved = set()
+    for fault in known.LOSS_FAULTS:
+        for name, row in known.patched("grpo.py", (fault,)).ALGORITHMS.items():
+            row = known.with_cells(row, kl_estimator="k1") if fault in known.known(37) else row
+            given, right = (
+                [known.loss_numbers(faults, cells, cells.beta > 0, case) for case in known.cases_of("policy_loss")]
+                for faults, cells in (((fault,), row), ((), known.grpo.ALGORITHMS[name]))
+            )
+            gap = max(map(known.difference, given, right))
+            assert gap < 1e-12 or gap > 100 * known.SAME, (fault.what, name, gap)
+            moved |= {fault} if gap > 1e-12 else set()
+    assert moved == set(known.LOSS_FAULTS)
 
 
 def test_numpy_is_handed_numpy_and_float32_where_it_is_asked_for():
