@@ -83,6 +83,7 @@ def test_flags_that_are_named_exist():
         "tests/bench_sampler.py",
         "tests/bench_speed.py",
         "tests/bench_faults.py",
+        "tests/check.py",
     )
     there = "".join(
         subprocess.run([sys.executable, str(ROOT / name), "--help"], capture_output=True, text=True).stdout

@@ -1,0 +1,63 @@
+"""A case in which a function differs, worked out in three lines: what is given, how it is computed, what comes out."""
+
+import json
+import math
+
+import numpy as np
+import torch
+from check_cases import Candidate, Case, Numbers, grpo
+
+
+def work_out(name: str, case: Case, candidate: Candidate, seen: Numbers) -> list[str]:
+    """The case in three lines: what is given, how it is computed, what is expected and what came."""
+    expected = candidate.give(case)
+    if name == "policy_loss":
+        return work_out_loss(case, *candidate.cells, seen, expected)
+    where = np.unravel_index(np.abs(seen["value"] - expected["value"]).argmax(), seen["value"].shape)
+    inputs = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in case.given.items() if k != "model"}
+    lines = [f"given {json.dumps(inputs)[:240]}"]
+    if name == "group_advantages":
+        rewards = case.given["rewards"]
+        group = rewards[where[0]]
+        lines.append(
+            f"group {where[0]}: mean {group.mean():.6g}, unbiased std {group.std(ddof=1):.6g}; "
+            f"all rewards: mean {rewards.mean():.6g}, unbiased std {rewards.std(ddof=1):.6g}"
+        )
+    place = f"at {list(map(int, where))} " if where else ""
+    lines.append(f"{place}expected {expected['value'][where]:.8g}, you give {seen['value'][where]:.8g}")
+    if "gradient" in seen:
+        worst = np.abs(seen["gradient"] - expected["gradient"]).max()
+        lines.append(f"the gradients differ by up to {worst:.3g}")
+    return lines
+
+
+def work_out_loss(case: Case, algorithm, beta: float, seen: Numbers, expected: Numbers) -> list[str]:
+    """The token whose derivative differs most, or the first if only the loss does."""
+    given, gaps = case.given, np.abs(seen.get("gradient", expected["gradient"]) - expected["gradient"])
+    b, t = map(int, np.unravel_index(gaps.argmax(), gaps.shape))
+    logp, mask, advantage = given["logp"], given["mask"], given["advantages"][b]
+    old = logp if given["old_logp"] is None else given["old_logp"]
+    log_ratio = (logp - old)[b, t]
+    if algorithm.ratio == "sequence":
+        log_ratio = (logp - old)[b][mask[b]].mean()
+    one = lambda x: torch.tensor([[float(x)]], dtype=torch.float64)  # noqa: E731
+    term = grpo.surrogate(one(math.exp(log_ratio)), one(advantage), one(logp[b, t]), algorithm).item()
+    formula = {"clip": "-min(r A, clip(r) A)", "cispo": "-clip(r) A logp, the weight a number", "reinforce": "-A logp"}
+    bounds = f"clip to [{1 - algorithm.epsilon:g}, {1 + algorithm.epsilon_high:g}]: "
+    bounds = "" if algorithm.surrogate == "reinforce" else bounds
+    d = given["ref_logp"][b, t] - logp[b, t]
+    kl = f" + {beta:g} {algorithm.kl_estimator}(d), d = ref_logp - logp = {d:.6g}" if beta else ""
+    divided = {
+        "sequence_mean": f"by its row's {mask[b].sum()} tokens and by {given['step_rows']} rows",
+        "token_mean": f"by all {given['step_tokens']} tokens",
+        "constant": f"by {given['step_rows']} rows times max_new_tokens {given['max_new_tokens']}",
+    }[algorithm.aggregate]
+    real = "" if mask[b, t] else ", padding, which must have no gradient"
+    mine = f", you give {seen['gradient'][b, t]:.8g}" if "gradient" in seen else ""
+    place = f"row {b}, token {t}{real}: logp {logp[b, t]:g}, old_logp {old[b, t]:g}"
+    return [
+        f"{place}, r = {math.exp(log_ratio):.6g}, A = {advantage:g}",
+        f"{bounds}{formula[algorithm.surrogate]} = {term:.6g}{kl}; divided {divided}",
+        f"expected derivative {expected['gradient'][b, t]:.8g}{mine}; "
+        f"loss {expected['value']:.8g}, you give {seen['value']:.8g}",
+    ]
