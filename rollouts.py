@@ -50,8 +50,8 @@ class Rollout:
 
     def records(self, chosen: torch.Tensor) -> list[dict]:
         """Question and completion of chosen rows (B,) bool, as samples.jsonl keeps them."""
-        rows, groups = chosen.nonzero()[:, 0].tolist(), self.group.tolist()
-        return [{"question": self.questions[groups[row]], "completion": self.texts[row]} for row in rows]
+        rows, groups, questions = chosen.nonzero()[:, 0].tolist(), self.group.tolist(), dict(enumerate(self.questions))
+        return [{"question": questions.get(groups[row]), "completion": self.texts[row]} for row in rows]
 
     def to(self, device: torch.device) -> "Rollout":
         """The rollout with every tensor on `device`."""

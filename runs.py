@@ -401,7 +401,7 @@ class Run:
         position = load_state(self.out, self.models, self.optimizer, write)
         if position is not None:
             self.position = position
-        elif self.last_metrics().get("step", 0):
+        elif self.last_metrics().get("step", 0) > self.config.save_every:  # by when there had been a state
             what = f"{str(self.out)!r} has a log of steps, and no state to go on from"
             raise UserError(f"--resume: {what}; begin again with --overwrite, from its weights with --model")
         elif write and ranks.FIRST:

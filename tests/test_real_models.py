@@ -125,9 +125,10 @@ def test_what_all_prompts_begin_with_is_read_once(pair, monkeypatch):
     policy, reference = pair
     policy.end_ids, packed = list(range(40)), isinstance(policy.model, Llama)
     seen = []
-    forward = policy.model.packed if packed else policy.model.forward
-    counted = lambda ids, *more, **named: seen.append(ids.numel()) or forward(ids, *more, **named)  # noqa: E731
-    monkeypatch.setattr(policy.model, "packed" if packed else "forward", counted)
+    kind, name = type(policy.model), "packed" if packed else "forward"
+    forward = getattr(kind, name)
+    counted = lambda self, ids, *more, **named: seen.append(ids.numel()) or forward(self, ids, *more, **named)  # noqa: E731
+    monkeypatch.setattr(kind, name, counted)
     rollout = policy.sample(BEGUN, 4, (0, 0, 0), 6)
     lengths = rollout.prompt_mask.sum(1)
     ids = [prompt[mask].tolist() for prompt, mask in zip(rollout.prompts, rollout.prompt_mask, strict=True)]

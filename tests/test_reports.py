@@ -462,6 +462,8 @@ def test_a_run_does_not_depend_on_how_often_it_is_looked_at(outcome, command):
 class Given:
     """A policy whose completions are given: for each problem one that is greedy, and several."""
 
+    model = torch.nn.Identity()
+
     def __init__(self, greedy: str, sampled: list[str]):
         self.greedy, self.sampled, self.keys = list(greedy), sampled, set()
 

@@ -198,7 +198,7 @@ def test_a_position_of_another_form_is_damage_even_if_its_checksum_is_right(inte
     out, _ = interrupted
     folder = out / "resume" / "000010"
     (folder / "position.json").write_text(text)
-    (folder / "checksums.json").write_text(json.dumps(states.checksums(folder)))
+    (folder / "checksums.json").write_text(json.dumps({"format": states.FORMAT, **states.checksums(folder)}))
     assert load_state(out, *model_and_optimizer(random_policy)).step == 2
 
 

@@ -204,6 +204,7 @@ def written(prompts, group, actions, texts="abc", truncated=None) -> Rollout:
         sampler_logp=-actions.float(),
         truncated=torch.tensor(truncated or [False] * len(actions)),
         texts=list(texts)[: len(actions)],
+        questions=[f"ends with {row[-1]}" for row in prompts.tolist()],
     )
 
 
@@ -237,8 +238,8 @@ def test_rollouts_joined_by_hand():
         [False, True, True, False, False],
     )
     assert values_of(joined) == values_of(expected)
-    assert {name: value.dtype for name, value in vars(joined).items() if name != "texts"} == {
-        name: value.dtype for name, value in vars(expected).items() if name != "texts"
+    assert {name: value.dtype for name, value in vars(joined).items() if torch.is_tensor(value)} == {
+        name: value.dtype for name, value in vars(expected).items() if torch.is_tensor(value)
     }
 
 
