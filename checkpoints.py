@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import os
 import re
+import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 
 import ranks
 from attention import Cache
-from commands import UserError, load_tensors, load_weights, read_json, save_tensors, write_json
+from commands import UserError, load_tensors, load_weights, os_error, read_json, save_tensors, write_json
 from model_hub import HubModel
 from model_toy import Llama, LlamaConfig
 from policy import Policy, TokenPolicy, most_logits
@@ -39,7 +40,13 @@ def save(policy: Policy, folder: Path) -> None:
         write_json(folder / "config.json", policy.model.config.to_json())
         save_tensors(folder / "model.safetensors", weights)
         return
-    policy.tokenizer.save_pretrained(folder)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as partial:
+        try:
+            policy.tokenizer.save_pretrained(partial)
+        except Exception as error:  # of tokenizers, whose errors have no type
+            raise os_error(error, folder) from error
+        for path in Path(partial).iterdir():
+            os.replace(path, folder / path.name)
     ends = policy.end_ids if len(policy.end_ids) > 1 else policy.end_ids[0]
     ids = {"eos_token_id": ends, "pad_token_id": policy.pad_id, "bos_token_id": policy.tokenizer.bos_token_id}
     ours = isinstance(policy.model, Llama)

@@ -188,9 +188,14 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     try:
         atomic_write(path, lambda partial: save_file(tensors, partial, metadata={"format": "pt"}))
     except safetensors.SafetensorError as error:
-        found = re.search(r"os error ([0-9]+)", str(error))
-        number = int(found[1]) if found else errno.EIO
-        raise OSError(number, os.strerror(number), str(path)) from error
+        raise os_error(error, path) from error
+
+
+def os_error(error: Exception, path: Path) -> OSError:
+    """What a library in Rust calls otherwise."""
+    found = re.search(r"os error ([0-9]+)", str(error))
+    number = int(found[1]) if found else errno.EIO
+    return OSError(number, os.strerror(number), str(path))
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -227,7 +232,9 @@ def out_of_memory(flags: str):
 
 
 def continue_command() -> str:
-    return "python " + shlex.join([*sys.argv, *([] if "--resume" in sys.argv else ["--resume"])])
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    start = "python " if size == 1 else f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', size)} "
+    return start + shlex.join([*sys.argv, *([] if "--resume" in sys.argv else ["--resume"])])
 
 
 def describe(error: OSError) -> str:
@@ -250,6 +257,25 @@ def keep_memory() -> None:
         pass
 
 
+class Lasting:
+    """A stream that passes over what cannot be written: a run outlives the disk, or the terminal, that shows it."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+
 def run_main(main: Callable[[], int | None], resumable: bool = False) -> None:
     """Run a command: mistakes become one line on stderr and exit status 2, an interrupt its usual status."""
     for stream in (sys.stdout, sys.stderr):
@@ -259,6 +285,10 @@ def run_main(main: Callable[[], int | None], resumable: bool = False) -> None:
         raise KeyboardInterrupt(number)
 
     signal.signal(signal.SIGTERM, interrupt)
+    if resumable:
+        sys.stdout, sys.stderr = Lasting(sys.stdout), Lasting(sys.stderr)
+        if hasattr(signal, "SIGUSR1"):  # by which a run saves; while none is under way it does nothing
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     keep_memory()
     status = 2
     try:

@@ -451,7 +451,7 @@ class GRPORun(Run):
         super().warn(metrics | ({"zero_std_groups": 0.0} if alive else {}))
 
     def reason_to_stop(self, metrics: dict[str, float]) -> str | None:
-        kl, limit = metrics.get("kl", 0), self.config.kl_limit
+        kl, limit = metrics.get("kl") or 0, self.config.kl_limit
         if limit is not None and kl > limit:
             return f"KL {kl:.3f} is above --kl-limit {limit}"
         return super().reason_to_stop(metrics)

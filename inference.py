@@ -359,7 +359,7 @@ def report(run) -> None:
     import plot_metrics  # here, since matplotlib is slow to import and a question needs no figure
 
     config, position, out = run.config, run.position, run.out
-    base = read_json(out / "evaluation.json").get("base")
+    base = read_json(out / "evaluation.json").get("base") if (out / "evaluation.json").exists() else None
     sound = isinstance(base, dict) and all(isinstance(value, float | int) for value in base.values())
     last = {"step": position.step, **evaluate_run(run, run.policy, "held_out", samples=4)}
     best = last

@@ -537,13 +537,14 @@ class Rewards:
     def total(self, **given) -> list[float | None]:
         """The mix as one function, by which policies are compared where a task has no accuracy.
 
-        None where one of the functions has no value, so that an outage is no bad score.
+        None where one of the functions has no value, or none that is finite, so that an outage is no bad score.
         """
         total: list[float | None] = [0.0] * len(given["completions"])
         for name, (function, weight) in self.mix.items():
             with time_limit(self.seconds, name):
                 values = function(**accepted(function, given | self.inputs | {"state": {}}))
-            pairs = zip(total, values, strict=True)
+            known = [None if value is None or not math.isfinite(value) else value for value in values]
+            pairs = zip(total, known, strict=True)
             total = [None if value is None or part is None else part + weight * value for part, value in pairs]
         return total
 

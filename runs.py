@@ -106,7 +106,7 @@ def parse_settings(settings: type, description: str, examples: str):
             raise UserError(f"--resume: {path} does not hold the settings of such a run; start again with --overwrite")
         stored = {name: f.default for name, f in known.items()} | stored  # an older run lacks newer settings
         refuse_strange_code(stored, arguments)
-        stored["shard"] &= ranks.WORLD > 1  # one process goes on with the whole
+        stored["shard"] = stored["shard"] and ranks.WORLD > 1  # one process goes on with the whole
         parser.set_defaults(**stored | {"out": arguments.out, "resume": True, "overwrite": False})
         arguments = parser.parse_args()
         fixed = [name for name, f in known.items() if not f.metadata["may_change"]]
@@ -183,33 +183,30 @@ class Run:
         return self
 
     def interrupt(self, number, frame) -> None:
-        if number == getattr(signal, "SIGUSR1", None):
+        if number not in ENDS:  # SIGUSR1
             self.save_asked = True
-            return self.heed()
+            return
         self.signal = number
         self.restore_handlers()
         if self.busy or ranks.WORLD > 1:  # ranks stop together, at the end of a step
             self.say("finishing the step, then saving; once more stops at once", file=sys.stderr)
-        return self.heed()
+        if ranks.WORLD > 1 and not self.busy and not ranks.is_sharded(self.policy.model):
+            self.save()  # lest whoever sent the signal does not wait for the end of the step
+        self.heed()
 
     def heed(self) -> None:
-        """Save or stop if a signal asks for it and nothing is in the way."""
-        if self.busy or ranks.WORLD > 1:
-            return
-        if self.save_asked and self.settled is not None:
-            self.save_asked = False
-            self.save()
-        if self.signal:
+        """Stop if a signal asks for it and nothing is in the way."""
+        if self.signal and not self.busy and ranks.WORLD == 1:
             raise KeyboardInterrupt(self.signal)
 
     @contextlib.contextmanager
     def unbroken(self):
         """What a signal lets come to its end."""
-        self.busy = True
+        before, self.busy = self.busy, True
         try:
             yield
         finally:
-            self.busy = False
+            self.busy = before
         self.heed()
 
     def restore_handlers(self, among: tuple = ENDS) -> None:
@@ -220,6 +217,8 @@ class Run:
     def __exit__(self, kind, error, traceback) -> None:
         self.restore_handlers(tuple(self.handlers))
         self.bar.close()
+        if error is None and (self.stopped or self.position.step == self.last_step):
+            self.save(last=True)  # if the disk was full when it should have been
         if isinstance(error, (Exception, KeyboardInterrupt)):
             told = self.save_before_leaving()
             if isinstance(error, KeyboardInterrupt):
@@ -229,14 +228,15 @@ class Run:
                     f"step {self.position.step + 1}: {error}; {told}, --resume goes on from there"
                 ) from error
 
+    @property
+    def begun(self) -> bool:
+        """Whether the weights in memory are a state that a run can go on from."""
+        return self.settled is not None and (self.settled.step > 0 or self.settled.best_step is not None)
+
     def save_before_leaving(self) -> str:
         """Save the state that the weights in memory are, if they are one; what to go on from, in words."""
-        begun = self.settled is not None and (self.settled.step or self.settled.best_step is not None)
-        if begun and (not ranks.is_sharded(self.policy.model) or ranks.all_leave()):
-            try:
-                self.save_state()
-            except OSError as error:
-                print(f"no state saved: {describe(error)}", file=sys.stderr)
+        if self.begun and (not ranks.is_sharded(self.policy.model) or ranks.all_leave()):
+            self.save()
         if not ranks.FIRST:
             return "what is saved the first process says"
         kept = states(self.out)
@@ -246,13 +246,12 @@ class Run:
         """The numbers of the steps that are left: to the last, to a signal, or to a reason, which is printed."""
         self.stopped = self.reason_to_stop(self.last_metrics())
         while True:
-            if ranks.WORLD > 1:  # what one is asked for all do
-                numbers, asked = zip(*ranks.gather((self.signal, self.save_asked)), strict=True)
-                if any(asked):
-                    self.save_asked = False
-                    self.save()
-                if any(numbers):
-                    raise KeyboardInterrupt(max(numbers))
+            numbers, asked = zip(*ranks.gather((self.signal, self.save_asked)), strict=True)  # of one all do
+            if any(asked):
+                self.save_asked = False
+                self.save()
+            if any(numbers):
+                raise KeyboardInterrupt(max(numbers))
             if self.position.step >= self.last_step or self.stopped:
                 break
             yield self.position.step + 1
@@ -269,12 +268,13 @@ class Run:
             return position.updated
         try:
             metrics = train_step(self, step)
-            position.bad_steps = 0
         except NotFinite as error:
             self.optimizer.zero_grad()
             position.bad_steps, position.reward_state = position.bad_steps + 1, before
             self.append("samples.jsonl", *({"step": step, "skipped": error.what} | row for row in error.rows))
             if position.bad_steps >= self.config.max_bad_steps:
+                if self.settled is None:  # it failed in a later inner update: the weights are those after the step
+                    self.log(step, {"skipped": 1.0})
                 many = f"{position.bad_steps} steps in a row were skipped (--max-bad-steps), the last since {error}"
                 raise UserError(f"{many}; lower --learning-rate, or look at samples.jsonl") from error
             self.say(f"warning: step {step} is skipped: {error}", file=sys.stderr)
@@ -283,11 +283,12 @@ class Run:
 
     def append(self, name: str, *values: dict) -> None:
         """Append lines to a file of the run; where the disk is full they wait until the next are written."""
-        self.unwritten.setdefault(name, []).extend(values if ranks.FIRST else ())
-        try:
-            self.write_lines()
-        except OSError as error:
-            self.say(f"warning: lines wait to be written: {describe(error)}", file=sys.stderr)
+        with self.unbroken():
+            self.unwritten.setdefault(name, []).extend(values if ranks.FIRST else ())
+            try:
+                self.write_lines()
+            except OSError as error:
+                self.say(f"warning: lines wait to be written: {describe(error)}", file=sys.stderr)
 
     def write_lines(self) -> None:
         """Write the lines that wait; raises OSError."""
@@ -296,13 +297,9 @@ class Run:
                 append_json(self.out / name, *lines)
             lines.clear()
 
-    def save_state(self) -> None:
-        """Write the state that the weights in memory are, after the lines that wait; raises OSError."""
-        save_state(self.out, self.settled, self.models, self.optimizer, self.write_lines)
-
     def record(self, metrics: dict[str, float]) -> dict[str, float]:
         """Note what a step measured once its update is done, so that a run that is stopped has not lost it."""
-        self.position.updated = metrics
+        self.position.updated, self.position.bad_steps = metrics, 0
         self.settled = copy.deepcopy(self.position)
         return metrics
 
@@ -329,7 +326,10 @@ class Run:
 
         failed, *_ = ranks.every(attempt)
         if failed:
-            self.position.best_step, self.position.best_score = self.settled.best_step or 0, -math.inf
+            position, before = self.position, self.settled
+            position.best_step, position.best_score = before.best_step, before.best_score
+            if before.best_step is None:  # the first one: take whatever comes next
+                position.best_step = 0
             self.say(f"warning: the best checkpoint is not saved: {failed}", file=sys.stderr)
 
     def is_due(self, step: int, every: int) -> bool:
@@ -386,11 +386,17 @@ class Run:
         if ranks.FIRST:
             self.bar.write(text, file=file)
 
-    def save(self) -> None:
-        """Save a state; where that fails the run goes on without, and tries again when the next is due."""
+    def save(self, last: bool = False) -> None:
+        """Save a state; where that fails the run goes on without, and tries again when the next is due.
+
+        The `last` time there is no next: it raises OSError.
+        """
         try:
-            self.save_state()
+            if self.begun:
+                save_state(self.out, self.settled, self.models, self.optimizer, self.write_lines)
         except OSError as error:
+            if last:
+                raise
             self.say(f"warning: step {self.settled.step}: no state saved: {describe(error)}", file=sys.stderr)
 
     def restore(self, write: bool = True) -> None:

@@ -37,7 +37,10 @@ REPLACED = ".replaced"  # where --overwrite keeps the old run until the new one 
 def about_machine() -> dict:
     """Versions, threads and commit, as run.json keeps them."""
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
+    except OSError:  # no git here
+        commit = None
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")}
     python = sys.version.split()[0]
     return {"versions": versions, "python": python, "threads": torch.get_num_threads(), "git_commit": commit}
@@ -76,7 +79,8 @@ def start_run(config, **more) -> None:
 
     To be called when all else has been checked: with --overwrite the run that is there is moved aside.
     """
-    ranks.begin(max(1800.0, 2 * getattr(config, "reward_timeout", 0.0)))
+    functions = 1 + str(getattr(config, "rewards", "")).count(",")  # which the first rank alone calls
+    ranks.begin(max(1800.0, (1 + functions) * getattr(config, "reward_timeout", 0.0)))
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
         torch.use_deterministic_algorithms(True)
@@ -89,22 +93,23 @@ def open_folder(config, more: dict) -> None:
     out = Path(config.out)
     if config.resume:
         return lock(out)
-    inside = []  # what the run is made of and lies in the folder
+    inside = set()  # what the run is made of and lies in the folder
     for name in ("model", "scorer", "data"):
         path = Path(getattr(config, name, None) or "/").resolve()
-        inside += [path.name] * (out.resolve() in path.parents)
-        if path == out.resolve() or inside not in ([], ["base"]):
+        inside |= {path.name} if out.resolve() in path.parents else set()
+        if path == out.resolve() or inside - {"base"}:
             raise UserError(f"--out: {config.out!r} holds --{name} itself, which must stay; name another folder")
     held = [name for name in (*RUN_FILES, "config.json") if (out / name).exists()]
     if held and not config.overwrite:
         raise UserError(f"--out: {config.out!r} already holds a run; --resume continues it, --overwrite replaces it")
     if held and "run.json" not in held:
         raise UserError(f"--out: {config.out!r} holds {held[0]} but no run, and stays as it is; name another folder")
+    settings, version = dataclasses.asdict(config), {"format": FORMAT, "launch": ranks.launch()}
+    about = {"settings": settings, **more, **about_machine(), **version}
     out.mkdir(parents=True, exist_ok=True)
     lock(out)
     move_aside(out, ["base"] * (not inside))
-    settings, version = dataclasses.asdict(config), {"format": FORMAT, "launch": ranks.launch()}
-    write_json(out / "run.json", {"settings": settings, **more, **about_machine(), **version})
+    write_json(out / "run.json", about)
 
 
 def move_aside(out: Path, more: list[str]) -> None:
@@ -204,9 +209,11 @@ def save_state(
     """
     folder, partial = out / "resume" / position.folder, out / "resume" / ".partial"
     weights, moments = {name: model.weights() for name, model in models.items()}, moments_of(models, optimizer)
-    if folder.exists() or not ranks.FIRST:
+    if not ranks.FIRST:
         return
     write_logs()  # without its lines a state would be less than the run
+    if folder.exists():
+        return
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -300,6 +307,8 @@ def read_state(folder: Path, step: int, models: dict, optimizer: torch.optim.Opt
     for i, (name, weight) in enumerate(models["weights"].named_parameters()):
         if f"{name} step" in moments:  # not before the first step
             kept = {key: moments[f"{name} {key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+            if {x.shape for key, x in kept.items() if key != "step"} != {weight.shape}:
+                raise ValueError(f"the optimizer's tensors of {name} are of another shape")
             state["state"][i] = {key: ranks.split(x, weight) for key, x in kept.items()}
     for name, model in models.items():
         load_weights(folder / f"{name}.safetensors", model)

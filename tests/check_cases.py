@@ -190,7 +190,7 @@ def loss_numbers(faults: tuple[Fault, ...], algorithm: "grpo.Algorithm", with_kl
     blank, rows = torch.zeros(mask.shape, dtype=torch.float64), torch.zeros(len(mask), dtype=torch.int64)
     prompt = torch.ones(1, 1, dtype=torch.int64)
     rollout = Rollout(prompt, prompt.bool(), rows, blank.long(), mask, blank, rows.bool(), [""] * len(mask))
-    policy = types.SimpleNamespace(layout="packed", log_probs=lambda part: (logp, blank))
+    policy = types.SimpleNamespace(layout="packed", model=None, log_probs=lambda part: (logp, blank))
     denominator = module.loss_denominator(tensor(case.step_mask), algorithm.aggregate, given["max_new_tokens"])
     arguments = (rollout, tensor(given["advantages"]), ref if with_kl else None, old, algorithm, denominator, 10**6)
     _, sums, _, _ = module.backward(policy, None, *arguments)

@@ -407,7 +407,9 @@ def test_an_infinite_gradient_or_logit_is_told_with_its_rows_and_the_rewards_sta
         hook.remove()
         assert all(torch.equal(before[name], value) for name, value in run.policy.model.weights().items())
         assert run.position.reward_state == {} and run.position.bad_steps == 1
-        run.log(2, run.attempt(grpo.train_step, 2))
+        metrics = run.attempt(grpo.train_step, 2)
+        assert run.settled.updated and run.settled.bad_steps == 0  # as a state is that is saved while it is evaluated
+        run.log(2, metrics)
         assert run.position.reward_state == {"calls": 1} and run.position.bad_steps == 0
         run.policy.model.model.norm.weight.data[0] = torch.inf
         run.log(3, run.attempt(grpo.train_step, 3))
@@ -437,6 +439,32 @@ def test_lines_that_a_full_disk_does_not_take_are_written_when_there_is_room(bas
     states.LOCKS.pop(run.out).close()  # or the disk would be busy
 
 
+def test_the_last_state_is_saved_at_the_end_if_the_disk_was_full_when_it_was_due(base, small_disk):
+    run = grpo.prepare(settings(base, small_disk / "run", steps=1))
+    with run:
+        with contextlib.suppress(OSError), open(small_disk / "filler", "wb", buffering=0) as file:
+            while True:
+                file.write(bytes(2**12))
+        run.log(1, {"x": 1})
+        assert not states.states(run.out)
+        (small_disk / "filler").unlink()
+    assert [step for step, _ in states.states(run.out)] == [1]
+    assert (run.out / "metrics.jsonl").read_text() == '{"step": 1, "x": 1}\n'
+    states.LOCKS.pop(run.out).close()  # or the disk would be busy
+
+
+def test_a_log_that_cannot_be_written_costs_the_run_nothing(base, whole, tmp_path):
+    """As where it goes to a file on a disk that is full."""
+    with open("/dev/full", "w") as full:
+        subprocess.run(bench_faults.command(base, tmp_path / "run"), stdout=full, stderr=full)
+    assert bench_faults.outcome(tmp_path / "run") == bench_faults.outcome(whole)
+
+
+def test_a_machine_without_git_starts_a_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert states.about_machine()["git_commit"] is None
+
+
 def test_a_best_checkpoint_that_cannot_be_written_is_not_called_the_best(base, tmp_path, capsys):
     run = grpo.prepare(settings(base, tmp_path / "run"))
     with run:
@@ -447,7 +475,7 @@ def test_a_best_checkpoint_that_cannot_be_written_is_not_called_the_best(base, t
         run.keep_best(lambda: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         assert run.position.best_step == 0  # whose checkpoint is there
         assert "the best checkpoint is not saved" in capsys.readouterr().err
-        assert run.note_score(2, 0.6) and run.position.best_step == 2
+        assert not run.note_score(2, 0.4) and run.note_score(3, 0.6) and run.position.best_step == 3
 
 
 @pytest.mark.parametrize("changed", ["model", "data"])
@@ -581,16 +609,26 @@ def test_a_run_whose_states_somebody_deleted_is_not_begun_again_over_its_logs(ba
     [
         ("run.json", {"resumed": None}, None),
         ("run.json", {"starts_from": []}, "does not say what the run starts from"),
+        ("run.json", {"settings": {"shard": None}}, "shard: None is of another type"),
         ("evaluation.json", {"base": 5}, None),
+        ("evaluation.json", None, None),
         ("evaluation.json", {"base": {"accuracy_low": []}}, None),
     ],
 )
-def test_values_of_another_type_in_a_runs_files_are_passed_over_or_told(base, tmp_path, name, changed, message):
+def test_values_of_another_type_in_a_runs_files_are_passed_over_or_told(
+    base, tmp_path, monkeypatch, name, changed, message
+):
     grpo.train(settings(base, tmp_path, steps=1))
-    path = tmp_path / name
-    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    path, argv = tmp_path / name, ["grpo.py", "--out", str(tmp_path), "--resume", "--steps", "2"]
+    monkeypatch.setattr(sys, "argv", argv)
+    if changed is None:
+        path.unlink()
+    else:
+        stored = json.loads(path.read_text())
+        more = {"settings": stored["settings"] | changed["settings"]} if "settings" in changed else changed
+        path.write_text(json.dumps(stored | more))
     with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
-        grpo.report(grpo.train(settings(base, tmp_path, resume=True, steps=2)))
+        grpo.report(grpo.train(runs.parse_settings(GRPOConfig, "", "")))
         assert len(json.loads((tmp_path / "run.json").read_text())["resumed"]) == 1
         kept = ["best", "last"] + ["base"] * (name == "run.json")
         assert sorted(json.loads((tmp_path / "evaluation.json").read_text())) == sorted(kept)

@@ -323,7 +323,7 @@ def test_a_signal_to_one_of_two_ranks_saves_and_ends_both(base, runs_of, tmp_pat
     processes[1].send_signal(signal.SIGTERM)
     said = [process.communicate(timeout=60)[1] for process in processes]
     assert [process.returncode for process in processes] == [143, 143], said
-    saved = re.search(r"saved after step (\d+); continue with: python ", said[0])
+    saved = re.search(r"saved after step (\d+); continue with: torchrun --nproc-per-node 2 ", said[0])
     assert int(saved[1]) == states.states(out)[0][0] >= 5 and "Traceback" not in "".join(said)
     finish(*alone(1, *bench_faults.command(base, out, "--save-every", "100", "--resume")[1:]))
     close(out, runs_of(2, "two"))

@@ -215,6 +215,11 @@ def test_a_reward_that_fails_or_leaves_is_named_with_the_row_that_it_fails_for(l
         call(leave, state={})
 
 
+def test_a_total_that_is_not_finite_is_no_score():
+    mix = rewards.Rewards({"mine": (lambda **_: [1.0, math.nan, math.inf, None], 0.5)})
+    assert mix.total(completions=["a"] * 4) == [0.5, None, None, None]
+
+
 def waits(**_):
     while True:
         pass

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import commands
 import runs
@@ -202,6 +203,16 @@ def test_a_position_of_another_form_is_damage_even_if_its_checksum_is_right(inte
     assert load_state(out, *model_and_optimizer(random_policy)).step == 2
 
 
+def test_moments_of_another_shape_are_damage_even_if_the_checksum_is_right(interrupted, random_policy):
+    out, _ = interrupted
+    folder = out / "resume" / "000010"
+    moments = load_file(folder / "optimizer.safetensors")
+    name = next(name for name, x in moments.items() if name.endswith("exp_avg_sq") and x.dim() == 2)
+    save_file(moments | {name: moments[name][:1].clone()}, folder / "optimizer.safetensors")  # would be broadcast
+    (folder / "checksums.json").write_text(json.dumps({"format": states.FORMAT, **states.checksums(folder)}))
+    assert load_state(out, *model_and_optimizer(random_policy)).step == 2
+
+
 @pytest.mark.parametrize(
     ("file", "text"), [("metrics.jsonl", '{"step": 1}\nno json\n'), ("samples.jsonl", '{"reward": 1}\n')]
 )
@@ -382,10 +393,11 @@ def take(run: runs.Run, step: int) -> dict[str, float]:
 
 def test_the_loop_saves_where_it_should_and_ends_with_the_last_step(tmp_path):
     run, saved = tiny_run(tmp_path / "a"), []
-    run.save = lambda: saved.append(run.position.step)
+    run.save = lambda last=False: saved.append((run.position.step, last))
     with run:
         assert [step for step in run.steps() if run.log(step, take(run, step)) is None] == [1, 2, 3, 4, 5, 6, 7]
-    assert saved == [3, 6, 7] and [step for step in range(8) if run.is_due(step, 2)] == [0, 2, 4, 6, 7]
+    assert saved == [(3, False), (6, False), (7, False), (7, True)]
+    assert [step for step in range(8) if run.is_due(step, 2)] == [0, 2, 4, 6, 7]
 
 
 def test_a_run_goes_on_from_its_state_and_before_the_first_from_nothing(tmp_path):
