@@ -44,7 +44,7 @@ from checkpoints import choose_device, dry_run, introduce, is_toy, load, open_po
 from commands import NotFinite, UserError, option, out_of_memory
 from inference import evaluate_run, make_scorer, measure_rollout, report, show_number
 from policy import Policy, frozen, mean_log_probs, score_rollout
-from rewards import Rewards, RewardSettings, soft_overlong
+from rewards import Rewards, RewardSettings, Scores, soft_overlong
 from rollouts import Rollout, join, micro_batches
 from runs import Run, RunSettings
 from tasks import TASKS, Example, Task, find_task, load_task, take_prompts
@@ -55,29 +55,50 @@ def is_flat(rewards: torch.Tensor) -> torch.Tensor:
     return rewards.amax(1) == rewards.amin(1)
 
 
-def group_advantages(rewards: torch.Tensor, scale: str = "group") -> torch.Tensor:
+def moments(rewards: torch.Tensor, known: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mean and unbiased std (P, 1) of each group of rewards (P, G), and which rows (P, G) they are of.
+
+    Those are the rows with `known` 1, since a value that was filled in is no observation; where they do not differ, as
+    fewer than two do not, all rows, or what fills would stand out from them by the 1e-4 alone.
+    """
+    seen = known == 1
+    low, high = rewards.where(seen, math.inf).amin(1), rewards.where(seen, -math.inf).amax(1)
+    seen = seen | (low >= high)[:, None]
+    count, mean = seen.sum(1, keepdim=True), rewards.where(seen, math.nan).nanmean(1, keepdim=True)
+    std = ((rewards - mean).square().where(seen, 0.0).sum(1, keepdim=True) / (count - 1)).sqrt()
+    return mean, std, seen
+
+
+def group_advantages(rewards: torch.Tensor, scale: str = "group", known: torch.Tensor | None = None) -> torch.Tensor:
     """Advantages (P, G) of rewards (P, G): each reward minus a baseline, over what `scale` names.
 
     `group`: the group's mean, over its unbiased std + 1e-4 (DeepSeekMath, section 4.1.2); `batch_std`: over the std of
     all rows; `centered`: over nothing (Dr. GRPO, section 3.2); `leave_one_out`: the mean of the others (RLOO, eq. 7);
     `batch_mean`: the mean of all rows (REINFORCE). Under `pairwise` only their order counts, see `pairwise_advantages`.
-    A group of equal rewards is exactly 0, save under `batch_mean`. Raises ValueError for a group of fewer than two.
+    A group of equal rewards is exactly 0, save under `batch_mean`. `known` (P, G) is the share of a reward's terms that
+    is not filled in (`Scores.known`): means and stds are those of `moments`, and a row with none is 0. Raises
+    ValueError for a group of fewer than two.
     """
+    size, known = rewards.shape[1], torch.ones_like(rewards) if known is None else known
+    batch_mean, batch_std, _ = moments(rewards.reshape(1, -1), known.reshape(1, -1))
     if scale == "batch_mean":  # the one baseline that is not the group's
-        return rewards - rewards.mean()
-    size = rewards.shape[1]
+        return torch.where(known == 0, 0.0, rewards - batch_mean)
     if size < 2:
         raise ValueError(f"a group of {size} has no spread; sample at least 2 completions a prompt")
-    advantages = rewards - rewards.mean(1, keepdim=True)
+    mean, std, seen = moments(rewards, known)
+    advantages = rewards - mean
     if scale == "group":
-        advantages = advantages / (rewards.std(1, keepdim=True) + 1e-4)
+        advantages = advantages / (std + 1e-4)
     elif scale == "batch_std":
-        advantages = advantages / (rewards.std() + 1e-4)
-    elif scale == "leave_one_out":
-        advantages = advantages / ((size - 1) / size)  # R - mean of the others = (R - mean) * G / (G - 1)
+        advantages = advantages / (batch_std + 1e-4)
+    elif scale == "leave_one_out":  # R - mean of the others = (R - mean) * G / (G - 1), of those that are in the mean
+        count = seen.sum(1, keepdim=True)
+        advantages = advantages * torch.where(seen, count / (count - 1), 1.0)
     elif scale not in ("centered", "pairwise"):
         raise ValueError(f"no scale {scale!r}")
-    return torch.where(is_flat(rewards)[:, None], 0.0, advantages)
+    advantages = torch.where(is_flat(rewards)[:, None], 0.0, advantages)
+    silent = math.nan if scale == "pairwise" else 0.0  # neither a winner nor a loser
+    return torch.where(known == 0, silent, advantages)
 
 
 def pairwise_advantages(rewards: torch.Tensor, mean_logp: torch.Tensor, strength: float) -> torch.Tensor:
@@ -88,9 +109,10 @@ def pairwise_advantages(rewards: torch.Tensor, mean_logp: torch.Tensor, strength
     mean log-probabilities per token (Bradley-Terry; DPO, arXiv 2305.18290, without reference). Its derivative by
     mean_logp, times minus the number of rows since the loss takes their mean, is the advantage.
     """
-    wins = rewards == rewards.amax(1, keepdim=True)
-    pairs = (wins[:, :, None] & ~wins[:, None, :]).to(mean_logp.dtype)  # (P, G, G): winner, loser
-    share = pairs / pairs.sum((1, 2), keepdim=True).clamp(min=1) / (~is_flat(rewards)).sum().clamp(min=1)
+    best = rewards.nan_to_num(nan=-math.inf).amax(1, keepdim=True)
+    wins, loses = rewards == best, rewards < best  # neither of which NaN does
+    pairs = (wins[:, :, None] & loses[:, None, :]).to(mean_logp.dtype)  # (P, G, G): winner, loser
+    share = pairs / pairs.sum((1, 2), keepdim=True).clamp(min=1) / pairs.any(2).any(1).sum().clamp(min=1)
     difference = mean_logp.detach()[:, :, None] - mean_logp.detach()[:, None, :]
     pull = strength * torch.sigmoid(-strength * difference) * share
     return rewards.numel() * (pull.sum(2) - pull.sum(1))
@@ -248,15 +270,16 @@ def train_step(run: "GRPORun", step: int) -> dict[str, float]:
     with out_of_memory("--batch-size, --num-generations or --max-new-tokens"), ranks.whole(policy.model):
         examples = take_prompts(run.data["train"], step, config.batch_size, config.seed)  # (1)
         rollout = sample_groups(run, examples, (config.seed, step, 0))  # (2)
-        rewards, metrics = ranks.first(run.rewards, examples, rollout, run.position.reward_state)  # (3)
-        metrics |= measure_rollout(rollout, rewards, examples, run.task)
+        scores, metrics = ranks.first(run.rewards, examples, rollout, run.position.reward_state)  # (3)
+        metrics |= measure_rollout(rollout, scores.total, examples, run.task)
+        metrics["zero_std_groups"] = flat_groups(scores, algorithm).float().mean().item()
         if algorithm.max_resample:
-            rollout, rewards, counts = replace_flat_groups(run, step, examples, rollout, rewards)
+            rollout, scores, counts = replace_flat_groups(run, step, examples, rollout, scores)
             metrics |= counts
     clock.append(time.perf_counter())
     with run.unbroken(), out_of_memory("--micro-batch-tokens"):
-        advantages = group_advantages(rewards.to(policy.device), algorithm.advantage)  # (4)
-        own, advantages = own_groups(rollout, advantages)
+        advantages = group_advantages(scores.total, algorithm.advantage, scores.known)  # (4)
+        own, advantages = own_groups(rollout, advantages.to(policy.device))
         ref_logp = run.within_memory(score_rollout, run.reference, own) if run.reference else None  # (5)
         clock.append(time.perf_counter())
         metrics |= update(policy, run.reference, run.optimizer, own, advantages, ref_logp, run.config)  # (6)
@@ -288,8 +311,14 @@ def own_groups(rollout: Rollout, advantages: torch.Tensor) -> tuple[Rollout, tor
     return rollout.select(torch.isin(rollout.group, groups).nonzero()[:, 0]), ranks.own(advantages)
 
 
-def replace_flat_groups(run: "GRPORun", step: int, examples: list[Example], rollout: Rollout, rewards: torch.Tensor):
-    """A rollout and its rewards (P, G) with other groups in the place of flat ones, and counts of all that was sampled.
+def flat_groups(scores: Scores, algorithm: Algorithm) -> torch.Tensor:
+    """Which groups (P,) have equal rewards before the overlong penalty (DAPO, section 3.2, looks at accuracy alone)."""
+    judged = slice(0, -1 if algorithm.overlong_buffer else None)  # the penalty stands last
+    return is_flat(Scores(scores.values[..., judged], scores.weights[judged]).total)
+
+
+def replace_flat_groups(run: "GRPORun", step: int, examples: list[Example], rollout: Rollout, scores: Scores):
+    """A rollout and its scores with other groups in the place of flat ones, and counts of all that was sampled.
 
     Groups of equal rewards teach nothing: they are replaced by groups of fresh prompts, at most `max_resample` times
     (dynamic sampling: DAPO, section 3.2), and what is flat in the last draw stays. Measured is the first draw, whose
@@ -303,17 +332,17 @@ def replace_flat_groups(run: "GRPORun", step: int, examples: list[Example], roll
             examples = sorted(fresh, key=lambda example: id(example) in used)[:missing]  # new ones first
             used |= set(map(id, examples))
             rollout = sample_groups(run, examples, (config.seed, step, draw))
-            rewards, _ = ranks.first(run.rewards, examples, rollout, run.position.reward_state)
-        counts.update(samples=rewards.numel(), tokens=int(rollout.mask.sum()))
-        keep = ~is_flat(rewards) | (draw == last_draw)
+            scores, _ = ranks.first(run.rewards, examples, rollout, run.position.reward_state)
+        counts.update(samples=len(rollout.texts), tokens=int(rollout.mask.sum()))
+        keep = ~flat_groups(scores, run.config.resolved_algorithm) | (draw == last_draw)
         if keep.any():
             rows = keep.repeat_interleave(config.num_generations).nonzero()[:, 0].to(run.policy.device)
-            kept.append((rollout.select(rows), rewards[keep]))
+            kept.append((rollout.select(rows), scores[keep]))
         missing -= int(keep.sum())
         if not missing:
             break
-    rollouts, rewards = zip(*kept, strict=True)
-    return join(rollouts), torch.cat(rewards), counts
+    rollouts, parts = zip(*kept, strict=True)
+    return join(rollouts), Scores(torch.cat([part.values for part in parts]), scores.weights), counts
 
 
 def update(
@@ -500,11 +529,11 @@ def show_group(run: GRPORun, step: int) -> None:
     key, width = (config.seed, 0, 0), config.max_new_tokens
     rollout = run.policy.sample(examples, config.num_generations, key, width, explore=False)
     try:
-        rewards, _ = run.rewards(examples, rollout, copy.deepcopy(run.position.reward_state))  # to look changes nothing
+        scores, _ = run.rewards(examples, rollout, copy.deepcopy(run.position.reward_state))  # to look changes nothing
     except NotFinite as error:  # as in a step, of which this is none
         return run.say(f"warning: no samples are shown: {error}", file=sys.stderr)
     group = []
-    for text, reward in zip(rollout.texts, rewards[0].tolist(), strict=True):
+    for text, reward in zip(rollout.texts, scores.total[0].tolist(), strict=True):
         group.append({"step": step, "question": examples[0].question, "completion": text, "reward": reward})
     run.append("samples.jsonl", *group)
     run.say(f"  {commands.printable(examples[0].question)} The best and the worst of {len(group)}:")

@@ -21,4 +21,5 @@ def update_on(
 
 def rewards_of(mix: dict, examples: list, rollout: Rollout, **inputs) -> tuple[torch.Tensor, dict[str, float]]:
     """Total rewards (P, G) and metrics of a mix {name: (function, weight)}."""
-    return Rewards(mix, inputs)(examples, rollout, {})
+    scores, metrics = Rewards(mix, inputs)(examples, rollout, {})
+    return scores.total, metrics

@@ -7,7 +7,15 @@ import math
 import pytest
 import torch
 
-from grpo import ALGORITHMS, Algorithm, group_advantages, kl_penalty, loss_denominator, policy_loss
+from grpo import (
+    ALGORITHMS,
+    Algorithm,
+    group_advantages,
+    kl_penalty,
+    loss_denominator,
+    pairwise_advantages,
+    policy_loss,
+)
 from inference import pass_at_k, wilson
 from rewards import soft_overlong
 
@@ -57,6 +65,40 @@ def test_the_batch_mean_is_the_one_baseline_that_is_not_the_groups():
         [0.5],
         [-0.5],
     ]  # nor G = 1 an error
+
+
+KNOWN = torch.tensor([[1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.5, 0.0]])
+
+
+@pytest.mark.parametrize(
+    ("scale", "first", "second", "filled"),
+    [
+        ("group", 0.5 / (math.sqrt(0.5) + 1e-4), -0.5 / (math.sqrt(0.5) + 1e-4), 0.3 / (math.sqrt(0.5) + 1e-4)),
+        # five given in full, 1, 0, 1, 1, 0: mean 3/5, variance (3 * 4/25 + 2 * 9/25) / 4 = 3/10
+        ("batch_std", 0.5 / (math.sqrt(0.3) + 1e-4), -0.5 / (math.sqrt(0.3) + 1e-4), 0.3 / (math.sqrt(0.3) + 1e-4)),
+        ("centered", 0.5, -0.5, 0.3),
+        ("leave_one_out", 1.0, -1.0, 0.3),  # against the other one that was given, or both
+        ("batch_mean", 0.4, -0.6, 0.2),
+    ],
+)
+def test_what_was_filled_in_is_no_observation(scale, first, second, filled):
+    """Two of four given, one of four, and two with a third of which a part was."""
+    rewards = torch.tensor([[1.0, 0.0, 0.5, 0.5], [1.0, 1.0, 1.0, 1.0], [1.0, 0.0, 0.8, 0.5]])
+    advantages = group_advantages(rewards, scale, KNOWN)
+    alone = 0.4 if scale == "batch_mean" else 0.0
+    expected = [[first, second, 0, 0], [alone, 0, 0, 0], [first, second, filled, 0]]
+    torch.testing.assert_close(advantages, torch.tensor(expected), rtol=1e-5, atol=1e-7)
+
+
+def test_where_the_given_rewards_are_equal_all_rows_count():
+    """Else a row of which a part was filled would be 0.5 / 1e-4 away from them."""
+    advantages = group_advantages(torch.tensor([[1.0, 1.0, 0.5, 0.5]]), "group", torch.tensor([[1.0, 1.0, 0.5, 0.5]]))
+    assert advantages[0].tolist() == pytest.approx([0.866, 0.866, -0.866, -0.866], abs=1e-3)
+
+
+def test_a_row_without_any_reward_neither_wins_nor_loses():
+    order = group_advantages(torch.tensor([[1.0, 0.0, 0.5, 0.5]]), "pairwise", KNOWN[:1])
+    assert pairwise_advantages(order, torch.zeros(1, 4), 2.0).tolist() == [[4.0, -4.0, 0.0, 0.0]]
 
 
 def test_pairwise_keeps_the_order_and_an_unknown_scale_is_an_error():
