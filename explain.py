@@ -40,7 +40,7 @@ def page(run, mathematics: ModuleType) -> str:
     recorded = {name: (known(x), w) for (name, (_, w)), x in zip(run.rewards.mix.items(), parts, strict=True)}
     scores, _ = Rewards(recorded)([example], rollout, {})  # a judge is asked once
     rewards = scores.total
-    advantages = mathematics.group_advantages(rewards, algorithm.advantage, scores.known).to(policy.device)
+    advantages = mathematics.mixed_advantages(scores, algorithm).float().to(policy.device)
     ref_logp = score_rollout(run.reference, rollout, config.micro_batch_tokens) if run.reference else None
     old_logp = score_rollout(policy, rollout, config.micro_batch_tokens)
     lengths = rollout.mask.sum(1)

@@ -182,7 +182,7 @@ FAULTS = [
     Fault(
         "the sequence ratio of GSPO summed, not averaged",
         "NVIDIA-NeMo/RL#2269",
-        "grpo.py", "(log_ratio.sum(1, keepdim=True) / lengths).expand_as", "log_ratio.sum(1, keepdim=True).expand_as",
+        "grpo.py", "log_ratio = row_mean(log_ratio, mask)", "log_ratio = log_ratio.sum(1, keepdim=True).expand_as(log_ratio)",
         "oracle_values::test_the_sequence_ratio_is_the_geometric_mean",
     ),
     Fault(
@@ -194,13 +194,13 @@ FAULTS = [
     Fault(
         "the clipped term computed, the unclipped one averaged: nothing is clipped",
         "rllm-org/rllm#81",
-        "grpo.py", "-torch.minimum(ratio * advantage, clipped * advantage)", "-ratio * advantage",
+        "grpo.py", "-torch.minimum(capped * advantage, clipped * advantage)", "-ratio * advantage",
         "oracle_values::test_the_two_sides_of_the_clip_are_the_rows_own",
     ),
     Fault(
         "rows divided by the padded width, not by their own length",
         "Tencent-Hunyuan/UniRL#448",
-        "grpo.py", "per_row = per_row / lengths[:, 0]", "per_row = per_row / mask.shape[1]",
+        "grpo.py", "per_row = per_row / mask.sum(1).clamp(min=1)", "per_row = per_row / mask.shape[1]",
         "oracle_values::test_aggregates_of_rows_of_1_2_and_4_tokens",
     ),
     Fault(

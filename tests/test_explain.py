@@ -31,7 +31,7 @@ def traced(monkeypatch, capsys, *words) -> str:
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("algorithm", ["grpo", "dr_grpo", "pairwise"])
+@pytest.mark.parametrize("algorithm", ["grpo", "dr_grpo", "pairwise", "gmpo"])
 def test_it_is_the_step_that_would_be_taken(base, tmp_path, monkeypatch, capsys, algorithm):
     words = ["--model", base, "--num-generations", 6, "--max-new-tokens", 8, "--algorithm", algorithm]
     monkeypatch.chdir(tmp_path)

@@ -517,8 +517,9 @@ def test_a_run_begins_with_what_it_will_do(base, tmp_path, small_task, capsys, m
 def test_a_row_shows_what_it_reads():
     assert str(ALGORITHMS["pairwise"]) == (
         "advantage pairwise, surrogate reinforce, aggregate sequence_mean, beta 0.0, max resample 0, "
-        "overlong buffer 0.0, preference strength 2.0"
+        "overlong buffer 0.0, preference strength 2.0, combine sum, anchor 0.0"
     )
+    assert "epsilon" not in str(ALGORITHMS["sapo"]) and "k 4" in str(ALGORITHMS["passk"])
     assert "max resample 3, overlong buffer 0.2" in str(ALGORITHMS["dapo"]) and "kl" not in str(ALGORITHMS["dapo"])
 
 
