@@ -38,8 +38,9 @@ def page(run, mathematics: ModuleType) -> str:
     given = {**run.rewards.inputs, "state": {}}
     parts = [apply_reward(name, function, rows, rollout, **given) for name, (function, _) in run.rewards.mix.items()]
     recorded = {name: (known(x), w) for (name, (_, w)), x in zip(run.rewards.mix.items(), parts, strict=True)}
-    rewards, _ = Rewards(recorded)([example], rollout, {})  # a judge is asked once
-    advantages = mathematics.group_advantages(rewards.to(policy.device), algorithm.advantage)
+    scores, _ = Rewards(recorded)([example], rollout, {})  # a judge is asked once
+    rewards = scores.total
+    advantages = mathematics.mixed_advantages(scores, algorithm).float().to(policy.device)
     ref_logp = score_rollout(run.reference, rollout, config.micro_batch_tokens) if run.reference else None
     old_logp = score_rollout(policy, rollout, config.micro_batch_tokens)
     lengths = rollout.mask.sum(1)

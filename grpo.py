@@ -15,7 +15,7 @@ Deviations from the paper: (a) rewards come from rules, no reward model is learn
 the start and stays, unless --ref-update-every asks for the paper's outer iterations; (c) a group of equal rewards has
 advantage exactly 0, not 0 divided by an epsilon; (d) the learning rate is constant after a warm-up.
 
-The other algorithms (Dr. GRPO, DAPO, GSPO, CISPO, RLOO, pairwise) are rows of `ALGORITHMS`: same steps, other cells.
+The other algorithms (Dr. GRPO, DAPO, GSPO, CISPO, RLOO, ...) are rows of `ALGORITHMS`: same steps, other cells.
 
 Shapes: P prompts, G completions each, B = P * G rows in prompt-major order (row p * G + g), T completion tokens.
 Rewards and advantages are (P, G) until the loss; log-probabilities are (B, T), masked where a row has ended.
@@ -44,7 +44,7 @@ from checkpoints import choose_device, dry_run, introduce, is_toy, load, open_po
 from commands import NotFinite, UserError, option, out_of_memory
 from inference import evaluate_run, make_scorer, measure_rollout, report, show_number
 from policy import Policy, frozen, mean_log_probs, score_rollout
-from rewards import Rewards, RewardSettings, soft_overlong
+from rewards import Rewards, RewardSettings, Scores, soft_overlong
 from rollouts import Rollout, join, micro_batches
 from runs import Run, RunSettings
 from tasks import TASKS, Example, Task, find_task, load_task, take_prompts
@@ -55,45 +55,59 @@ def is_flat(rewards: torch.Tensor) -> torch.Tensor:
     return rewards.amax(1) == rewards.amin(1)
 
 
-def group_advantages(rewards: torch.Tensor, scale: str = "group") -> torch.Tensor:
+def moments(rewards: torch.Tensor, known: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mean and unbiased std (P, 1) of each group of rewards (P, G), and which rows (P, G) they are of.
+
+    Those are the rows with `known` 1, since a value that was filled in is no observation; where they do not differ, as
+    fewer than two do not, all rows, or what fills would stand out from them by the 1e-4 alone.
+    """
+    seen = known == 1
+    low, high = rewards.where(seen, math.inf).amin(1), rewards.where(seen, -math.inf).amax(1)
+    seen = seen | (low >= high)[:, None]
+    count, mean = seen.sum(1, keepdim=True), rewards.where(seen, math.nan).nanmean(1, keepdim=True)
+    std = ((rewards - mean).square().where(seen, 0.0).sum(1, keepdim=True) / (count - 1)).sqrt()
+    return mean, std, seen
+
+
+def group_advantages(
+    rewards: torch.Tensor, scale: str = "group", known: torch.Tensor | None = None, k: int = 4
+) -> torch.Tensor:
     """Advantages (P, G) of rewards (P, G): each reward minus a baseline, over what `scale` names.
 
     `group`: the group's mean, over its unbiased std + 1e-4 (DeepSeekMath, section 4.1.2); `batch_std`: over the std of
     all rows; `centered`: over nothing (Dr. GRPO, section 3.2); `leave_one_out`: the mean of the others (RLOO, eq. 7);
-    `batch_mean`: the mean of all rows (REINFORCE). Under `pairwise` only their order counts, see `pairwise_advantages`.
-    A group of equal rewards is exactly 0, save under `batch_mean`. Raises ValueError for a group of fewer than two.
+    `batch_mean`: the mean of all rows (REINFORCE); `max_rl`: over the group's mean (MaxRL, arXiv 2602.02710), for
+    rewards from 0 up; `max_at_k`: for the best of k, see there. Under `pairwise` only their order counts, see there.
+    A group of equal rewards is exactly 0, save under `batch_mean`. `known` (P, G) is the share of a reward's terms that
+    is not filled in (`Scores.known`): means and stds are those of `moments`, and a row with none is 0. Raises
+    ValueError for a group of fewer than two.
     """
+    size, known = rewards.shape[1], torch.ones_like(rewards) if known is None else known
+    batch_mean, batch_std, _ = moments(rewards.reshape(1, -1), known.reshape(1, -1))
     if scale == "batch_mean":  # the one baseline that is not the group's
-        return rewards - rewards.mean()
-    size = rewards.shape[1]
+        return torch.where(known == 0, 0.0, rewards - batch_mean)
     if size < 2:
         raise ValueError(f"a group of {size} has no spread; sample at least 2 completions a prompt")
-    advantages = rewards - rewards.mean(1, keepdim=True)
+    mean, std, seen = moments(rewards, known)
+    advantages = rewards - mean
     if scale == "group":
-        advantages = advantages / (rewards.std(1, keepdim=True) + 1e-4)
+        advantages = advantages / (std + 1e-4)
     elif scale == "batch_std":
-        advantages = advantages / (rewards.std() + 1e-4)
-    elif scale == "leave_one_out":
-        advantages = advantages / ((size - 1) / size)  # R - mean of the others = (R - mean) * G / (G - 1)
+        advantages = advantages / (batch_std + 1e-4)
+    elif scale == "leave_one_out":  # R - mean of the others = (R - mean) * G / (G - 1), of those that are in the mean
+        count = seen.sum(1, keepdim=True, dtype=rewards.dtype)
+        advantages = advantages * torch.where(seen, count / (count - 1), 1.0)
+    elif scale == "max_rl":
+        if rewards.min() < 0:
+            raise UserError(f"--advantage max_rl divides by a mean; there is a reward of {rewards.min():g}, below 0")
+        advantages = advantages / mean
+    elif scale == "max_at_k":
+        advantages = max_at_k(rewards, k)
     elif scale not in ("centered", "pairwise"):
         raise ValueError(f"no scale {scale!r}")
-    return torch.where(is_flat(rewards)[:, None], 0.0, advantages)
-
-
-def pairwise_advantages(rewards: torch.Tensor, mean_logp: torch.Tensor, strength: float) -> torch.Tensor:
-    """Advantages (P, G) that make the `reinforce` loss follow a preference of winners over losers, without gradient.
-
-    Winners W have the largest reward (P, G) of their group, L are the others. The objective is the mean over the groups
-    with both of the mean over pairs of -log sigmoid(strength * (mean_logp[w] - mean_logp[l])), mean_logp (P, G) being
-    mean log-probabilities per token (Bradley-Terry; DPO, arXiv 2305.18290, without reference). Its derivative by
-    mean_logp, times minus the number of rows since the loss takes their mean, is the advantage.
-    """
-    wins = rewards == rewards.amax(1, keepdim=True)
-    pairs = (wins[:, :, None] & ~wins[:, None, :]).to(mean_logp.dtype)  # (P, G, G): winner, loser
-    share = pairs / pairs.sum((1, 2), keepdim=True).clamp(min=1) / (~is_flat(rewards)).sum().clamp(min=1)
-    difference = mean_logp.detach()[:, :, None] - mean_logp.detach()[:, None, :]
-    pull = strength * torch.sigmoid(-strength * difference) * share
-    return rewards.numel() * (pull.sum(2) - pull.sum(1))
+    advantages = torch.where(is_flat(rewards)[:, None], 0.0, advantages)
+    silent = math.nan if scale == "pairwise" else 0.0  # neither a winner nor a loser
+    return torch.where(known == 0, silent, advantages)
 
 
 def kl_penalty(
@@ -115,14 +129,33 @@ def kl_penalty(
     return {"k3": 1.0, "k3_unbiased": ratio}[estimator] * (d.exp() - d - 1)
 
 
-def surrogate(ratio: torch.Tensor, advantage: torch.Tensor, logp: torch.Tensor, algorithm: "Algorithm") -> torch.Tensor:
-    """The loss per token (B, T) without the KL term, from ratio (B, T) and advantage (B, 1): what is descended."""
+def row_mean(per_token: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The mean over each row's tokens, at each of them (B, T); `per_token` is 0 at padding."""
+    return (per_token.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)).expand_as(per_token)
+
+
+def surrogate(log_ratio, advantage, logp, mask, algorithm: "Algorithm") -> torch.Tensor:
+    """The loss per token (B, T) without its other terms, of log-ratios (B, T) and advantage (B, 1): what is descended.
+
+    At ratio 1, the first inner update, the gradient of each is that of `reinforce`.
+    """
     if algorithm.surrogate == "reinforce":
         return -advantage * logp
+    ratio = log_ratio.exp()
+    if algorithm.surrogate == "sapo":  # fades on both sides (SAPO, arXiv 2511.20347)
+        steepness = torch.where(advantage > 0, torch.ones_like(advantage), 1.05)
+        return -4 / steepness * torch.sigmoid(steepness * (ratio - 1)) * advantage
+    if algorithm.surrogate == "geometric":  # bounds each token's log-ratio before the mean (GMPO, arXiv 2507.20673)
+        above, below = log_ratio.clamp(max=algorithm.epsilon_high), log_ratio.clamp(min=-algorithm.epsilon)
+        return -row_mean(torch.where(advantage > 0, above, below), mask).exp() * advantage
+    if algorithm.surrogate == "dppo":  # bounds the token's probability, so that rare ones may move (arXiv 2602.04879)
+        low, high = bounded(log_ratio, advantage, logp, algorithm)
+        return -torch.where(low | high, 0.0, ratio) * advantage
     clipped = ratio.clamp(1 - algorithm.epsilon, 1 + algorithm.epsilon_high)
     if algorithm.surrogate == "cispo":  # caps the weight and keeps the gradient (MiniMax-M1, eq. 4)
         return -clipped.detach() * advantage * logp
-    return -torch.minimum(ratio * advantage, clipped * advantage)  # min for A < 0 too (PPO, eq. 7)
+    capped = ratio.clamp(max=algorithm.cap or math.inf)  # (dual clip, arXiv 1912.09729)
+    return -torch.minimum(capped * advantage, clipped * advantage)  # min for A < 0 too (PPO, eq. 7)
 
 
 def loss_denominator(mask: torch.Tensor, aggregate: str, max_new_tokens: int) -> int:
@@ -149,49 +182,35 @@ def policy_loss(
     # Masked before exp: whatever stands at padding must not become inf * 0 = NaN.
     log_ratio = torch.where(mask, logp - old_logp, 0.0)
     logp, advantage = torch.where(mask, logp, 0.0), advantages[:, None]
-    lengths = mask.sum(1, keepdim=True).clamp(min=1)  # (B, 1)
+    token_log_ratio = log_ratio
     if algorithm.ratio == "sequence":
-        log_ratio = (log_ratio.sum(1, keepdim=True) / lengths).expand_as(log_ratio)  # the mean (GSPO, eq. 7)
-    ratio = log_ratio.exp()
-    per_token = surrogate(ratio, advantage, logp, algorithm)
+        log_ratio = row_mean(log_ratio, mask)  # (GSPO, eq. 7)
+    per_token = surrogate(log_ratio, advantage, logp, mask, algorithm)
+    if algorithm.anchor:  # a pull towards the old policy (Kimi K2, arXiv 2507.20534)
+        per_token = per_token + algorithm.anchor / 2 * token_log_ratio.square()
     if ref_logp is not None:
         ref_logp = torch.where(mask, ref_logp, 0.0)
-        per_token = per_token + algorithm.beta * kl_penalty(logp, ref_logp, algorithm.kl_estimator, ratio)
+        kl = kl_penalty(logp, ref_logp, algorithm.kl_estimator, log_ratio.exp())
+        per_token = per_token + algorithm.beta * kl
     per_row = torch.where(mask, per_token, 0.0).sum(1)  # (B,)
     if algorithm.aggregate == "sequence_mean":
-        per_row = per_row / lengths[:, 0]
+        per_row = per_row / mask.sum(1).clamp(min=1)
     if denominator is None:
         denominator = loss_denominator(mask, algorithm.aggregate, mask.shape[1])
-    return per_row.sum() / denominator, loss_metrics(logp, ref_logp, ratio, advantage, mask, algorithm)
-
-
-@torch.no_grad()
-def loss_metrics(logp, ref_logp, ratio, advantage, mask, algorithm: "Algorithm") -> dict[str, torch.Tensor]:
-    """Sums over tokens of the KL and of what the clip took the gradient from; and the largest ratio."""
-    clips = mask & (algorithm.surrogate == "clip")
-    too_low, too_high = ratio < 1 - algorithm.epsilon, ratio > 1 + algorithm.epsilon_high
-    metrics = {
-        "tokens": mask.sum(),
-        "clip_low": (clips & (advantage < 0) & too_low).sum(),
-        "clip_high": (clips & (advantage > 0) & too_high).sum(),
-        "ratio_max": torch.where(mask, ratio, 0.0).max(),
-    }
-    if ref_logp is not None:
-        metrics["kl"] = kl_penalty(logp, ref_logp).sum()
-        metrics["kl_k1"] = kl_penalty(logp, ref_logp, "k1").sum()
-        metrics["kl_clamped"] = (ref_logp - logp > 20).sum()
-    return metrics
+    return per_row.sum() / denominator, loss_metrics(logp, ref_logp, log_ratio, advantage, mask, algorithm)
 
 
 @dataclass(frozen=True)
 class Algorithm:
     """One row of the table of algorithms; every cell is a flag too. Raises UserError for an unknown value."""
 
-    advantage: Literal["group", "batch_std", "centered", "batch_mean", "leave_one_out", "pairwise"] = option(
-        "group", "What is taken from a reward, and what it is divided by.", "algorithm"
-    )
+    advantage: Literal[
+        "group", "batch_std", "centered", "batch_mean", "leave_one_out", "max_rl", "max_at_k", "pairwise"
+    ] = option("group", "What is taken from a reward, and what it is divided by.", "algorithm")
     ratio: Literal["token", "sequence"] = option("token", "The ratio of each token, or of the row.", "algorithm")
-    surrogate: Literal["clip", "cispo", "reinforce"] = option("clip", "What the ratio does to the loss.", "algorithm")
+    surrogate: Literal["clip", "cispo", "sapo", "geometric", "dppo", "reinforce"] = option(
+        "clip", "What the ratio does to the loss.", "algorithm"
+    )
     epsilon: float = option(0.2, "The ratio is clipped below 1 - epsilon.", "algorithm")
     epsilon_high: float = option(0.2, "The ratio is clipped above 1 + this.", "algorithm")
     aggregate: Literal["sequence_mean", "token_mean", "constant"] = option(
@@ -202,6 +221,12 @@ class Algorithm:
     max_resample: int = option(0, "Flat groups give way to fresh prompts, at most so often a step.", "algorithm")
     overlong_buffer: float = option(0.0, "Last share of the length, with a penalty down to -1.", "algorithm", at_most=1)
     preference_strength: float = option(2.0, "Strength s of a pairwise preference.", "algorithm")
+    combine: Literal["sum", "each"] = option(
+        "sum", "Advantages of the sum of rewards, or a sum of each's.", "algorithm"
+    )
+    k: int = option(4, "How many are drawn of which max_at_k wants the best.", "algorithm", at_least=2)
+    cap: float = option(0.0, "The ratio is held below this where A < 0, too; 0 is off.", "algorithm")
+    anchor: float = option(0.0, "Weight of half the squared log-ratio, towards the old policy.", "algorithm")
 
     def __post_init__(self):
         commands.check_settings(self)
@@ -211,6 +236,14 @@ class Algorithm:
         if self.advantage == "pairwise" and (self.surrogate, self.aggregate) != ("reinforce", "sequence_mean"):
             needs = "--surrogate reinforce --aggregate sequence_mean"
             raise UserError(f"--advantage pairwise weighs mean log-probabilities; add {needs}")
+        if self.advantage == "max_rl" and self.overlong_buffer:
+            raise UserError("--advantage max_rl takes no reward below 0, and so no --overlong-buffer; set that to 0")
+        if self.surrogate in ("geometric", "dppo") and self.ratio == "sequence":
+            raise UserError(f"--surrogate {self.surrogate} bounds each token; take --ratio token")
+        if 0 < self.cap < 1 + self.epsilon_high:
+            raise UserError(f"--cap is {self.cap}; it must be 1 + --epsilon-high, {1 + self.epsilon_high}, or above")
+        if self.combine == "each" and self.advantage not in ("batch_std", "centered"):
+            raise UserError("--combine each has divided by stds; take --advantage batch_std or centered")
 
     @property
     def idle(self) -> dict[str, str]:
@@ -219,7 +252,13 @@ class Algorithm:
         if self.beta == 0:
             idle |= dict.fromkeys(("kl_estimator", "kl_limit", "ref_update_every"), "a --beta above 0")
         if self.surrogate == "reinforce":
-            idle |= dict.fromkeys(("ratio", "epsilon", "epsilon_high"), "--surrogate clip or cispo")
+            idle["ratio"] = "a --surrogate that has one, such as clip"
+        if self.surrogate in ("sapo", "reinforce"):
+            idle |= dict.fromkeys(("epsilon", "epsilon_high"), "a --surrogate with bounds, such as clip")
+        if self.surrogate != "clip":
+            idle["cap"] = "--surrogate clip"
+        if self.advantage != "max_at_k":
+            idle["k"] = "--advantage max_at_k"
         if self.advantage != "pairwise":
             idle["preference_strength"] = "--advantage pairwise"
         return idle
@@ -237,7 +276,95 @@ ALGORITHMS = {
     "cispo": Algorithm(surrogate="cispo", epsilon=1.0, epsilon_high=4.0, aggregate="token_mean", beta=0.0),
     "rloo": Algorithm(advantage="leave_one_out", aggregate="constant", beta=0.0),
     "pairwise": Algorithm(advantage="pairwise", surrogate="reinforce", beta=0.0),
+    "luspo": Algorithm(ratio="sequence", epsilon=2e-3, epsilon_high=2.5e-3, aggregate="constant", beta=0.0),
+    "sapo": Algorithm(surrogate="sapo", beta=0.0),
+    "gmpo": Algorithm(surrogate="geometric", epsilon=0.4, epsilon_high=0.4, beta=0.0),
+    "dppo": Algorithm(surrogate="dppo", epsilon=0.15, epsilon_high=0.15, aggregate="token_mean", beta=0.0),
+    "prime": Algorithm(advantage="centered", surrogate="dppo", aggregate="token_mean", beta=0.0, anchor=2e-3),
+    "kimi": Algorithm(advantage="centered", surrogate="reinforce", aggregate="token_mean", beta=0.0, anchor=0.2),
+    "maxrl": Algorithm(advantage="max_rl", aggregate="constant", beta=0.0),
+    "passk": Algorithm(advantage="max_at_k", aggregate="constant", beta=0.0),
+    "gdpo": Algorithm(advantage="batch_std", beta=0.0, combine="each"),
 }
+
+
+@torch.no_grad()
+def bounded(log_ratio, advantage, logp, algorithm: Algorithm) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens (B, T) from which the surrogate's lower and its upper bound take the gradient."""
+    if algorithm.surrogate == "clip":
+        change = log_ratio.exp() - 1
+    elif algorithm.surrogate == "geometric":
+        change = log_ratio
+    elif algorithm.surrogate == "dppo":
+        change = logp.exp() * (1 - (-log_ratio).exp())  # pi - pi_old
+    else:
+        change = torch.zeros_like(log_ratio)
+    low = (advantage < 0) & (change < -algorithm.epsilon)
+    over_cap = (advantage < 0) & (log_ratio > math.log(algorithm.cap or math.inf))
+    return low, over_cap | (advantage > 0) & (change > algorithm.epsilon_high)
+
+
+@torch.no_grad()
+def loss_metrics(logp, ref_logp, log_ratio, advantage, mask, algorithm: Algorithm) -> dict[str, torch.Tensor]:
+    """Sums over tokens of the KL and of what the bounds took the gradient from; and the largest ratio."""
+    low, high = bounded(log_ratio, advantage, logp, algorithm)
+    metrics = {
+        "tokens": mask.sum(),
+        "clip_low": (mask & low).sum(),
+        "clip_high": (mask & high).sum(),
+        "ratio_max": torch.where(mask, log_ratio.exp(), 0.0).max(),
+    }
+    if ref_logp is not None:
+        metrics["kl"] = kl_penalty(logp, ref_logp).sum()
+        metrics["kl_k1"] = kl_penalty(logp, ref_logp, "k1").sum()
+        metrics["kl_clamped"] = (ref_logp - logp > 20).sum()
+    return metrics
+
+
+def pairwise_advantages(rewards: torch.Tensor, mean_logp: torch.Tensor, strength: float) -> torch.Tensor:
+    """Advantages (P, G) that make the `reinforce` loss follow a preference of winners over losers, without gradient.
+
+    Winners W have the largest reward (P, G) of their group, L are the others. The objective is the mean over the groups
+    with both of the mean over pairs of -log sigmoid(strength * (mean_logp[w] - mean_logp[l])), mean_logp (P, G) being
+    mean log-probabilities per token (Bradley-Terry; DPO, arXiv 2305.18290, without reference). Its derivative by
+    mean_logp, times minus the number of rows since the loss takes their mean, is the advantage.
+    """
+    best = rewards.nan_to_num(nan=-math.inf).amax(1, keepdim=True)
+    wins, loses = rewards == best, rewards < best  # neither of which NaN does
+    pairs = (wins[:, :, None] & loses[:, None, :]).to(mean_logp.dtype)  # (P, G, G): winner, loser
+    share = pairs / pairs.sum((1, 2), keepdim=True).clamp(min=1) / pairs.any(2).any(1).sum().clamp(min=1)
+    difference = mean_logp.detach()[:, :, None] - mean_logp.detach()[:, None, :]
+    pull = strength * torch.sigmoid(-strength * difference) * share
+    return rewards.numel() * (pull.sum(2) - pull.sum(1))
+
+
+def mixed_advantages(scores: Scores, algorithm: Algorithm) -> torch.Tensor:
+    """Advantages (P, G) of the total reward or, by `combine` each, the weighted sum of each function's own.
+
+    Then every function is normalised in its group, as by `group`, before weights compare them, and `batch_std` divides
+    the sum (GDPO, arXiv 2601.05242).
+    """
+    if algorithm.combine == "sum":
+        return group_advantages(scores.total, algorithm.advantage, scores.known, algorithm.k)
+    given = (~scores.values.isnan()).double()
+    parts = [group_advantages(scores.filled[..., i], "group", given[..., i]) for i in range(len(scores.weights))]
+    total = (torch.stack(parts, -1) * scores.weights).sum(-1)
+    if algorithm.advantage == "batch_std":
+        total = total / (moments(total.view(1, -1), scores.known.view(1, -1))[1] + 1e-4)
+    return total
+
+
+def max_at_k(rewards: torch.Tensor, k: int) -> torch.Tensor:
+    """Advantages (P, G) whose gradient is that of the expected best of k, without bias (PKPO, arXiv 2505.15201).
+
+    Sorted from the least R_1 up: G / C(G, k) * sum over j < i of C(j - 1, k - 2) * (R_i - R_j), the gain over j of the
+    subsets of k in which i is the best and j the second.
+    """
+    size = rewards.shape[1]
+    least_first, order = rewards.double().sort(1)
+    weight = torch.tensor([math.comb(j, k - 2) for j in range(size)], dtype=torch.float64, device=rewards.device)
+    gain = least_first * (weight.cumsum(0) - weight) - ((weight * least_first).cumsum(1) - weight * least_first)
+    return torch.zeros_like(gain).scatter(1, order, size / math.comb(size, k) * gain).to(rewards.dtype)
 
 
 def train_step(run: "GRPORun", step: int) -> dict[str, float]:
@@ -248,15 +375,16 @@ def train_step(run: "GRPORun", step: int) -> dict[str, float]:
     with out_of_memory("--batch-size, --num-generations or --max-new-tokens"), ranks.whole(policy.model):
         examples = take_prompts(run.data["train"], step, config.batch_size, config.seed)  # (1)
         rollout = sample_groups(run, examples, (config.seed, step, 0))  # (2)
-        rewards, metrics = ranks.first(run.rewards, examples, rollout, run.position.reward_state)  # (3)
-        metrics |= measure_rollout(rollout, rewards, examples, run.task)
+        scores, metrics = ranks.first(run.rewards, examples, rollout, run.position.reward_state)  # (3)
+        metrics |= measure_rollout(rollout, scores.total, examples, run.task)
+        metrics["zero_std_groups"] = flat_groups(scores, algorithm).float().mean().item()
         if algorithm.max_resample:
-            rollout, rewards, counts = replace_flat_groups(run, step, examples, rollout, rewards)
+            rollout, scores, counts = replace_flat_groups(run, step, examples, rollout, scores)
             metrics |= counts
     clock.append(time.perf_counter())
     with run.unbroken(), out_of_memory("--micro-batch-tokens"):
-        advantages = group_advantages(rewards.to(policy.device), algorithm.advantage)  # (4)
-        own, advantages = own_groups(rollout, advantages)
+        advantages = mixed_advantages(scores, algorithm)  # (4)
+        own, advantages = own_groups(rollout, advantages.float().to(policy.device))
         ref_logp = run.within_memory(score_rollout, run.reference, own) if run.reference else None  # (5)
         clock.append(time.perf_counter())
         metrics |= update(policy, run.reference, run.optimizer, own, advantages, ref_logp, run.config)  # (6)
@@ -288,8 +416,16 @@ def own_groups(rollout: Rollout, advantages: torch.Tensor) -> tuple[Rollout, tor
     return rollout.select(torch.isin(rollout.group, groups).nonzero()[:, 0]), ranks.own(advantages)
 
 
-def replace_flat_groups(run: "GRPORun", step: int, examples: list[Example], rollout: Rollout, rewards: torch.Tensor):
-    """A rollout and its rewards (P, G) with other groups in the place of flat ones, and counts of all that was sampled.
+def flat_groups(scores: Scores, algorithm: Algorithm) -> torch.Tensor:
+    """Which groups (P,) have equal rewards before the overlong penalty (DAPO, section 3.2, looks at accuracy alone)."""
+    judged = slice(0, -1 if algorithm.overlong_buffer else None)  # the penalty stands last
+    scores = Scores(scores.values[..., judged], scores.weights[judged])
+    parts = scores.filled * scores.weights if algorithm.combine == "each" else scores.total[..., None]
+    return is_flat(parts.float()).all(1)
+
+
+def replace_flat_groups(run: "GRPORun", step: int, examples: list[Example], rollout: Rollout, scores: Scores):
+    """A rollout and its scores with other groups in the place of flat ones, and counts of all that was sampled.
 
     Groups of equal rewards teach nothing: they are replaced by groups of fresh prompts, at most `max_resample` times
     (dynamic sampling: DAPO, section 3.2), and what is flat in the last draw stays. Measured is the first draw, whose
@@ -303,17 +439,17 @@ def replace_flat_groups(run: "GRPORun", step: int, examples: list[Example], roll
             examples = sorted(fresh, key=lambda example: id(example) in used)[:missing]  # new ones first
             used |= set(map(id, examples))
             rollout = sample_groups(run, examples, (config.seed, step, draw))
-            rewards, _ = ranks.first(run.rewards, examples, rollout, run.position.reward_state)
-        counts.update(samples=rewards.numel(), tokens=int(rollout.mask.sum()))
-        keep = ~is_flat(rewards) | (draw == last_draw)
+            scores, _ = ranks.first(run.rewards, examples, rollout, run.position.reward_state)
+        counts.update(samples=len(rollout.texts), tokens=int(rollout.mask.sum()))
+        keep = ~flat_groups(scores, run.config.resolved_algorithm) | (draw == last_draw)
         if keep.any():
             rows = keep.repeat_interleave(config.num_generations).nonzero()[:, 0].to(run.policy.device)
-            kept.append((rollout.select(rows), rewards[keep]))
+            kept.append((rollout.select(rows), scores[keep]))
         missing -= int(keep.sum())
         if not missing:
             break
-    rollouts, rewards = zip(*kept, strict=True)
-    return join(rollouts), torch.cat(rewards), counts
+    rollouts, parts = zip(*kept, strict=True)
+    return join(rollouts), Scores(torch.cat([part.values for part in parts]), scores.weights), counts
 
 
 def update(
@@ -500,11 +636,11 @@ def show_group(run: GRPORun, step: int) -> None:
     key, width = (config.seed, 0, 0), config.max_new_tokens
     rollout = run.policy.sample(examples, config.num_generations, key, width, explore=False)
     try:
-        rewards, _ = run.rewards(examples, rollout, copy.deepcopy(run.position.reward_state))  # to look changes nothing
+        scores, _ = run.rewards(examples, rollout, copy.deepcopy(run.position.reward_state))  # to look changes nothing
     except NotFinite as error:  # as in a step, of which this is none
         return run.say(f"warning: no samples are shown: {error}", file=sys.stderr)
     group = []
-    for text, reward in zip(rollout.texts, rewards[0].tolist(), strict=True):
+    for text, reward in zip(rollout.texts, scores.total[0].tolist(), strict=True):
         group.append({"step": step, "question": examples[0].question, "completion": text, "reward": reward})
     run.append("samples.jsonl", *group)
     run.say(f"  {commands.printable(examples[0].question)} The best and the worst of {len(group)}:")
@@ -550,6 +686,8 @@ class GRPOConfig(commands.optional_fields(Algorithm, "Default: the algorithm's."
         row = self.resolved_algorithm
         if self.num_generations < 2 and row.advantage != "batch_mean":
             raise UserError(f"--num-generations is {self.num_generations}; a group needs at least 2 to be compared")
+        if row.advantage == "max_at_k" and row.k > self.num_generations:
+            raise UserError(f"--k is {row.k}; it must be at most --num-generations, {self.num_generations}")
         if self.policy == "autoencoder" and self.exploration_noise == 0:
             raise UserError("--exploration-noise is the autoencoder's standard deviation; it must be above 0")
         if self.policy == "transformer" and (self.exploration_noise or 0.0) >= 1:

@@ -90,7 +90,6 @@ def measure_rollout(rollout: Rollout, rewards: torch.Tensor, examples: list[Exam
         "reward": rewards.mean().item(),
         "reward_std": rewards.std().item(),
         **known_means(measured),
-        "zero_std_groups": (rewards.amax(1) == rewards.amin(1)).float().mean().item(),
         "truncated": rollout.truncated.float().mean().item(),
         **{"length": lengths.mean().item(), "length_min": lengths.min().item(), "length_max": lengths.max().item()},
         **{"samples": rewards.numel(), "tokens": int(rollout.mask.sum())},

@@ -455,6 +455,37 @@ class RewardSettings:
 READ_BY = {"scorer": "scorer", "endpoint": "judge_url", "ideal_length": "ideal_length", "even_bonus": "even_bonus"}
 
 
+@dataclass(frozen=True)
+class Scores:
+    """What F reward functions gave P groups of G completions, on the CPU; `[]` selects groups."""
+
+    values: torch.Tensor  # (P, G, F) float64; NaN where a function had no say
+    weights: torch.Tensor  # (F,) float64
+
+    def __getitem__(self, groups: torch.Tensor) -> "Scores":
+        return Scores(self.values[groups], self.weights)
+
+    @property
+    def filled(self) -> torch.Tensor:
+        """The values with the mean of the function's others in the group where it had no say, 0 if it had none there.
+
+        In float64 until the sum: rounding must not tell rewards apart that are equal, or a flat group comes alive.
+        """
+        means = self.values.nanmean(1, keepdim=True)
+        return torch.where(self.values.isnan(), means, self.values).nan_to_num(0.0)
+
+    @property
+    def total(self) -> torch.Tensor:
+        """The weighted sum (P, G) float32."""
+        return (self.filled * self.weights).sum(-1).float()
+
+    @property
+    def known(self) -> torch.Tensor:
+        """The share (P, G) of a row's terms that are no fill: 1 where all were given, 0 where none was."""
+        given = ~self.values[..., self.weights != 0].isnan()
+        return given.sum(-1) / given.any(1, keepdim=True).sum(-1).clamp(min=1)
+
+
 @dataclass
 class Rewards:
     """The mix of reward functions that a run is trained on.
@@ -506,33 +537,32 @@ class Rewards:
                 has = ", ".join(columns)
                 raise UserError(f"--rewards: {name}: {error}; the columns of --task {task} are: {has}") from error
 
-    def __call__(self, examples, rollout, state: dict) -> tuple[torch.Tensor, dict[str, float]]:
-        """Weighted total rewards (P, G) float32 on the CPU; mean, std and missing share of each function; UserError.
+    def __call__(self, examples, rollout, state: dict) -> tuple[Scores, dict[str, float]]:
+        """What each function gives; its mean and std over the rows where it had a say, and the share of the others.
 
-        None is replaced by the function's mean over the group's other rows, and drops out where the group has no value.
-        `state` is changed in place, and must be what JSON can hold.
+        `state` is changed in place, and must be what JSON can hold. Raises UserError.
         """
         rows = [example for example in examples for _ in range(len(rollout.texts) // len(examples))]
-        # In float64 until the end: rounding must not tell rewards apart that are equal, or a flat group comes alive.
-        total, metrics = torch.zeros(len(examples), len(rows) // len(examples), dtype=torch.float64), {}
-        for name, (function, weight) in self.mix.items():
+        columns, metrics = [], {}
+        for name, (function, _) in self.mix.items():
             with time_limit(self.seconds, name):
                 values = apply_reward(name, function, rows, rollout, **self.inputs, state=state)
             values = [math.nan if value is None else value for value in values]
-            values = torch.tensor(values, dtype=torch.float64).view_as(total)
-            metrics[f"missing/{name}"] = values.isnan().double().mean().item()
-            values = torch.where(values.isnan(), values.nanmean(1, keepdim=True), values)
-            total += weight * values.nan_to_num(0.0)
-            known = values[~values.isnan()]
+            columns.append(torch.tensor(values, dtype=torch.float64).view(len(examples), -1))
+            known = columns[-1][~columns[-1].isnan()]
+            metrics[f"missing/{name}"] = 1 - len(known) / len(rows)
+            if len(known):
+                metrics[f"reward/{name}"] = known.mean().item()
             if len(known) > 1:
-                metrics |= {f"reward/{name}": known.mean().item(), f"reward_std/{name}": known.std().item()}
+                metrics[f"reward_std/{name}"] = known.std().item()
         try:
             plain = json.loads(json.dumps(state, allow_nan=False))  # as it is read back when the run is resumed
         except (TypeError, ValueError) as error:
             raise UserError(f"--rewards: a state has what JSON cannot hold ({error}); keep numbers in it") from error
         state.clear()
         state.update(plain)
-        return total.float(), metrics
+        weights = torch.tensor([weight for _, weight in self.mix.values()], dtype=torch.float64)
+        return Scores(torch.stack(columns, -1), weights), metrics
 
     def total(self, **given) -> list[float | None]:
         """The mix as one function, by which policies are compared where a task has no accuracy.

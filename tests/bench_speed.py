@@ -155,7 +155,7 @@ def make_work(setting: Setting, policy: TokenPolicy) -> tuple[GRPOConfig, list[E
         rewards = Rewards.from_settings(config)
 
         def reward(examples, rollout):  # measured as `train_step` does
-            values, _ = rewards(examples, rollout, {})
+            values = rewards(examples, rollout, {})[0].total
             measure_rollout(rollout, values, examples, task)
             return values
 

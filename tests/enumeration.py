@@ -62,7 +62,7 @@ def expected_loss(
         logp = torch.cat([score[list(pick)] for score, pick in zip(scores, picks, strict=True)])
         mask = MASK[[i for pick in picks for i in pick]]
         given = torch.stack([reward[list(pick)] for reward, pick in zip(rewards, picks, strict=True)])
-        advantages = group_advantages(given, algorithm.advantage).flatten()
+        advantages = group_advantages(given, algorithm.advantage, k=algorithm.k).flatten()
         loss, _ = policy_loss(logp, logp.detach(), advantages, mask, algorithm)
         total = total + logp.detach().sum().exp() * loss
     return total

@@ -78,7 +78,7 @@ FAULTS = [
     Fault(
         "group std with ddof 0",
         "NVIDIA-NeMo/RL#1423",
-        "grpo.py", "rewards.std(1, keepdim=True) +", "rewards.std(1, keepdim=True, correction=0) +",
+        "grpo.py", "(count - 1)).sqrt()", "count).sqrt()",
         "oracle_values::test_advantages_by_hand",
     ),
     Fault(
@@ -96,13 +96,13 @@ FAULTS = [
     Fault(
         "rewards reshaped across groups",
         "google/tunix#820",
-        "rewards.py", "dtype=torch.float64).view_as(total)", "dtype=torch.float64).view_as(total.T).T",
+        "rewards.py", "dtype=torch.float64).view(len(examples), -1))", "dtype=torch.float64).view(-1, len(examples)).T)",
         "grpo::test_rewards_are_weighted_and_a_missing_one_is_the_mean_of_its_group",
     ),
     Fault(
         "advantages centred on the whole batch where the group is meant",
         "XU-YIJIE/grpo-flat#2",
-        "grpo.py", "advantages = rewards - rewards.mean(1, keepdim=True)", "advantages = rewards - rewards.mean()",
+        "grpo.py", "advantages = rewards - mean\n", "advantages = rewards - rewards.mean()\n",
         "oracle_properties::test_groups_do_not_see_each_other",
     ),
     Fault(
@@ -182,7 +182,7 @@ FAULTS = [
     Fault(
         "the sequence ratio of GSPO summed, not averaged",
         "NVIDIA-NeMo/RL#2269",
-        "grpo.py", "(log_ratio.sum(1, keepdim=True) / lengths).expand_as", "log_ratio.sum(1, keepdim=True).expand_as",
+        "grpo.py", "log_ratio = row_mean(log_ratio, mask)", "log_ratio = log_ratio.sum(1, keepdim=True).expand_as(log_ratio)",
         "oracle_values::test_the_sequence_ratio_is_the_geometric_mean",
     ),
     Fault(
@@ -194,13 +194,13 @@ FAULTS = [
     Fault(
         "the clipped term computed, the unclipped one averaged: nothing is clipped",
         "rllm-org/rllm#81",
-        "grpo.py", "-torch.minimum(ratio * advantage, clipped * advantage)", "-ratio * advantage",
+        "grpo.py", "-torch.minimum(capped * advantage, clipped * advantage)", "-ratio * advantage",
         "oracle_values::test_the_two_sides_of_the_clip_are_the_rows_own",
     ),
     Fault(
         "rows divided by the padded width, not by their own length",
         "Tencent-Hunyuan/UniRL#448",
-        "grpo.py", "per_row = per_row / lengths[:, 0]", "per_row = per_row / mask.shape[1]",
+        "grpo.py", "per_row = per_row / mask.sum(1).clamp(min=1)", "per_row = per_row / mask.shape[1]",
         "oracle_values::test_aggregates_of_rows_of_1_2_and_4_tokens",
     ),
     Fault(
@@ -266,13 +266,13 @@ FAULTS = [
     Fault(
         "a reward of None scored as 0",
         "huggingface/trl#5902",
-        "rewards.py", "values.nanmean(1, keepdim=True), values)", "0.0, values)",
+        "rewards.py", "torch.where(self.values.isnan(), means, self.values)", "torch.where(self.values.isnan(), 0.0, self.values)",
         "grpo::test_rewards_are_weighted_and_a_missing_one_is_the_mean_of_its_group",
     ),
     Fault(
         "dynamic sampling that pairs kept groups with other groups' rewards",
         "NVIDIA-NeMo/RL#3794",
-        "grpo.py", "kept.append((rollout.select(rows), rewards[keep]))", "kept.append((rollout.select(rows), rewards[: int(keep.sum())]))",
+        "grpo.py", "kept.append((rollout.select(rows), scores[keep]))", "kept.append((rollout.select(rows), scores[: int(keep.sum())]))",
         "grpo::test_dynamic_sampling_replaces_flat_groups_and_only_those",
     ),
     Fault(

@@ -31,7 +31,7 @@ def traced(monkeypatch, capsys, *words) -> str:
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("algorithm", ["grpo", "dr_grpo", "pairwise"])
+@pytest.mark.parametrize("algorithm", ["grpo", "dr_grpo", "pairwise", "gmpo"])
 def test_it_is_the_step_that_would_be_taken(base, tmp_path, monkeypatch, capsys, algorithm):
     words = ["--model", base, "--num-generations", 6, "--max-new-tokens", 8, "--algorithm", algorithm]
     monkeypatch.chdir(tmp_path)
@@ -41,7 +41,7 @@ def test_it_is_the_step_that_would_be_taken(base, tmp_path, monkeypatch, capsys,
     (example,) = take_prompts(load_task(task, False)["train"], 1, 1, 0)
     rollout = policy.sample([example], 6, (0, 1, 0), 8)
     config = GRPOConfig(rewards=task.rewards, algorithm=algorithm, max_new_tokens=8)
-    rewards, _ = Rewards.from_settings(config)([example], rollout, {})
+    rewards = Rewards.from_settings(config)([example], rollout, {})[0].total
     sections = out.split("\n\n")
     assert sections[-5].endswith(example.question) and sections[-5].endswith(f"(1) the question\n{example.question}")
     title, head, *lines = sections[-4].splitlines()

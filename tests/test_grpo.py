@@ -101,9 +101,25 @@ def test_rewards_are_weighted_and_a_missing_one_is_the_mean_of_its_group():
     }
     total, means = rewards_of(mix, examples, rollout)
     torch.testing.assert_close(total, torch.tensor([[1.0, 2.1, 1.7], [0.3, 0.4, 0.5]]))
-    stds = {"reward_std/whole": 0.5, "reward_std/other": math.sqrt(3.5)}
+    stds = {"reward_std/whole": math.sqrt(0.5), "reward_std/other": math.sqrt(3.5)}
     missing = {"missing/whole": 4 / 6, "missing/other": 0}  # before they were filled in
     assert means == pytest.approx({"reward/whole": 1.5, "reward/other": 2.5} | stds | missing)
+
+
+def test_what_is_known_of_a_row_is_the_share_of_its_terms_that_no_fill_is():
+    """A function without a say in the group, or without a weight, is no term; one row has no reward at all."""
+    nan = math.nan
+    values = torch.tensor([[[1, 0.5, nan, nan], [nan, 0.5, nan, 1], [nan, nan, nan, 1]], [[nan] * 3 + [1]] * 3])
+    scores = rewards.Scores(values.double(), torch.tensor([1.0, 2.0, 3.0, 0.0]).double())
+    assert scores.known.tolist() == [[1.0, 0.5, 0.0], [0.0] * 3]
+    assert scores.total.tolist() == [[2.0] * 3, [0.0] * 3] and scores[torch.tensor([1])].total.tolist() == [[0.0] * 3]
+
+
+def test_a_group_is_flat_before_the_overlong_penalty():
+    values = torch.tensor([[[0, -1.0], [0, 0]], [[1, 0], [0, -1]]]).double()
+    scores = rewards.Scores(values, torch.ones(2).double())
+    assert grpo.flat_groups(scores, ALGORITHMS["dapo"]).tolist() == [True, False]
+    assert grpo.flat_groups(scores, ALGORITHMS["grpo"]).tolist() == [False, False]
 
 
 EXAMPLES = [Example("What is (4 - 9) * 6?"), Example("(1+2)"), Example("7*8=?")]
@@ -322,10 +338,11 @@ def sample_groups(run: grpo.GRPORun, step: int):
     config, state = run.config, run.position.reward_state
     examples = take_prompts(run.data["train"], step, config.batch_size, config.seed)
     rollout = run.policy.sample(examples, config.num_generations, (config.seed, step, 0), config.max_new_tokens)
-    rewards, _ = run.rewards(examples, rollout, state)
-    measured = inference.measure_rollout(rollout, rewards, examples, run.task)
-    rollout, rewards, counts = grpo.replace_flat_groups(run, step, examples, rollout, rewards)
-    return rollout, rewards, measured | counts
+    scores, _ = run.rewards(examples, rollout, state)
+    flat = grpo.flat_groups(scores, config.resolved_algorithm)
+    measured = inference.measure_rollout(rollout, scores.total, examples, run.task)
+    rollout, scores, counts = grpo.replace_flat_groups(run, step, examples, rollout, scores)
+    return rollout, scores.total, measured | {"zero_std_groups": flat.float().mean().item()} | counts
 
 
 def test_dynamic_sampling_replaces_flat_groups_and_only_those(base, tmp_path, small_task):
@@ -500,8 +517,9 @@ def test_a_run_begins_with_what_it_will_do(base, tmp_path, small_task, capsys, m
 def test_a_row_shows_what_it_reads():
     assert str(ALGORITHMS["pairwise"]) == (
         "advantage pairwise, surrogate reinforce, aggregate sequence_mean, beta 0.0, max resample 0, "
-        "overlong buffer 0.0, preference strength 2.0"
+        "overlong buffer 0.0, preference strength 2.0, combine sum, anchor 0.0"
     )
+    assert "epsilon" not in str(ALGORITHMS["sapo"]) and "k 4" in str(ALGORITHMS["passk"])
     assert "max resample 3, overlong buffer 0.2" in str(ALGORITHMS["dapo"]) and "kl" not in str(ALGORITHMS["dapo"])
 
 
@@ -737,7 +755,7 @@ def test_the_frozen_base_is_the_scorer_even_where_the_reference_moves(base, tmp_
         out = tmp_path / "-".join(more)
         run = grpo.train(settings(base, out, rewards="perplexity=1", learning_rate=0.01, **more))
         rollout = rollout_of(run.policy, EXAMPLES, 2)
-        total, _ = run.rewards(EXAMPLES, rollout, {})
+        total = run.rewards(EXAMPLES, rollout, {})[0].total
         start = checkpoints.load(base, torch.device("cpu"))
         with torch.no_grad():
             expected = (start.log_probs(rollout)[0].sum(1) / rollout.mask.sum(1)).exp()

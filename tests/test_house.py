@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {  # file: its floor, the most lines it may have; the first drawing's number where it is another
-    "grpo.py": (10, 666),  # 480
+    "grpo.py": (10, 810),  # 480
     "explain.py": (7, 95),  # not drawn: what --trace shows
     "sft.py": (9, 247),  # 200
     "inference.py": (8, 436),  # 380
@@ -16,7 +16,7 @@ FLOORS = {  # file: its floor, the most lines it may have; the first drawing's n
     "policy_gaussian.py": (5, 180),  # not drawn: policy.py and model_toy.py were full
     "rollouts.py": (4, 165),  # not drawn: policy.py had become 600 lines
     "tasks.py": (4, 460),  # 420, and room for another task
-    "rewards.py": (3, 666),  # 520
+    "rewards.py": (3, 706),  # 520
     "runs.py": (2, 454),
     "states.py": (1, 325),  # not drawn: a run's folder; runs.py had become 640 lines
     "commands.py": (0, 307),  # not drawn: the same

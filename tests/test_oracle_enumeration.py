@@ -40,8 +40,13 @@ def test_the_listed_completions_are_all_there_are(logits):
     assert len(COMPLETIONS) == 7 and log_probs(logits).sum(1).exp().sum().item() == pytest.approx(1, abs=1e-12)
 
 
-@pytest.mark.parametrize("surrogate", ["clip", "cispo", "reinforce"])
-@pytest.mark.parametrize("ratio", ["token", "sequence"])
+@pytest.mark.parametrize(
+    ("ratio", "surrogate"),
+    [
+        *itertools.product(("token", "sequence"), ("clip", "cispo", "reinforce", "sapo")),
+        *(("token", "geometric"), ("token", "dppo")),
+    ],
+)
 @pytest.mark.parametrize(("advantage", "factor"), [("centered", 2 / 3), ("leave_one_out", 1.0)])
 def test_the_constant_aggregate_is_unbiased(logits, advantage, factor, ratio, surrogate):
     """E[gradient] = -gradient of E[R], over max_new_tokens, and times (G - 1) / G where the mean holds the row itself.
@@ -52,6 +57,37 @@ def test_the_constant_aggregate_is_unbiased(logits, advantage, factor, ratio, su
     step = -gradient_of(expected_loss([logits], [REWARDS], 3, algorithm), logits)
     truth = factor / LENGTH * gradient_of(expected_reward(logits), logits)
     close(step, truth)
+
+
+RIGHT = (REWARDS > 0.5).double()  # three of the seven completions
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("advantage", ["group", "max_rl"])
+def test_what_right_and_wrong_climb_towards(advantage, size):
+    """`group` a weighted gradient of p, the share of right ones; `max_rl` that of log p, cut after order G - 1."""
+    logits = table_of_logits(0).requires_grad_()
+    share = expected_reward(logits, RIGHT)
+    p, weight = share.item(), 0.0
+    for c in range(1, size):
+        std = math.sqrt(c * (size - c) / (size * (size - 1))) + 1e-4
+        chance = math.comb(size, c) * p**c * (1 - p) ** (size - c)
+        weight += chance * (c / size) * (1 - c / size) / std / (p * (1 - p))
+    weight = {"group": weight, "max_rl": (1 - (1 - p) ** (size - 1)) / p}[advantage]
+    step = -gradient_of(expected_loss([logits], [RIGHT], size, Algorithm(advantage=advantage, **PLAIN)), logits)
+    close(step, weight / LENGTH * gradient_of(share, logits), 1e-9)
+
+
+@pytest.mark.parametrize("rewards", [REWARDS, RIGHT])
+@pytest.mark.parametrize(("size", "k"), [(2, 2), (3, 2), (3, 3), (4, 3)])
+def test_max_at_k_climbs_the_best_of_k(rewards, size, k):
+    """With real rewards, too: the gradient of E[the largest of k]."""
+    logits = table_of_logits(1).requires_grad_()
+    pi, best = log_probs(logits).sum(1).exp(), 0.0
+    for picks in itertools.product(range(len(COMPLETIONS)), repeat=k):
+        best = best + pi[list(picks)].prod() * rewards[list(picks)].max()
+    row = Algorithm(advantage="max_at_k", k=k, **PLAIN)
+    close(-gradient_of(expected_loss([logits], [rewards], size, row), logits), gradient_of(best, logits) / LENGTH)
 
 
 @pytest.mark.parametrize("name", ["rloo", "dr_grpo"])

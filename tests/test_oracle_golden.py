@@ -55,6 +55,7 @@ def figures(name: str, rollouts: list[dict]) -> dict[str, list[float]]:
             prompts=rollout.prompts[::G],
             prompt_mask=rollout.prompt_mask[::G],
             group=torch.arange(P).repeat_interleave(G),
+            questions=[""] * P,
         )
         rewards = torch.tensor(given["rewards"], dtype=torch.float64)
         metrics = update_on(policy, reference, optimizer, rollout, rewards, config)

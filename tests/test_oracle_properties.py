@@ -25,7 +25,7 @@ from tasks import Example
 
 pytestmark = pytest.mark.math
 
-SCALES = ("group", "batch_std", "centered", "leave_one_out")
+SCALES = ("group", "batch_std", "centered", "leave_one_out")  # max_rl and max_at_k do not sum to 0
 numbers = st.floats(-100, 100, width=32)
 groups = st.integers(2, 9).flatmap(lambda size: st.lists(st.lists(numbers, min_size=size, max_size=size), min_size=1))
 scales = st.sampled_from(SCALES)
@@ -75,13 +75,26 @@ def test_permutation_within_a_group_permutes_its_advantages(rows, scale, random)
 
 
 @quick
+@given(groups, st.floats(0.01, 100), st.floats(-50, 50, width=32))
+def test_max_at_k_is_linear_from_0_up_and_does_not_change_when_all_rewards_rise_alike(rows, factor, shift):
+    rewards = float64(rows)
+    for k in range(2, rewards.shape[1] + 1):
+        advantages = group_advantages(rewards, "max_at_k", k=k)
+        assert (advantages >= -1e-9).all() and (advantages <= rewards.shape[1] * 200).all()
+        for other, times in ((rewards + shift, 1.0), (rewards * factor, factor)):
+            moved = group_advantages(other, "max_at_k", k=k)
+            torch.testing.assert_close(moved, times * advantages, rtol=1e-6, atol=1e-6)
+
+
+@quick
 @given(groups)
 def test_groups_do_not_see_each_other(rows):
     """But for `batch`, which is meant to."""
     rewards = float64(rows)
-    for scale in ("group", "centered", "leave_one_out"):
-        alone = torch.cat([group_advantages(row[None], scale) for row in rewards])
-        torch.testing.assert_close(group_advantages(rewards, scale), alone, rtol=1e-12, atol=1e-12)
+    for scale in ("group", "centered", "leave_one_out", "max_rl", "max_at_k"):
+        given = rewards + 100 if scale == "max_rl" else rewards
+        alone = torch.cat([group_advantages(row[None], scale, k=2) for row in given])
+        torch.testing.assert_close(group_advantages(given, scale, k=2), alone, rtol=1e-12, atol=1e-12)
 
 
 @quick
@@ -114,8 +127,8 @@ def test_equal_rewards_are_a_flat_group_whatever_they_are_made_of(parts, weight,
     }
     rollout = SimpleNamespace(texts=[""] * size, completion_ids=[[0]] * size)
     total, _ = rewards_of(mix, [Example("?")], rollout)
-    for scale in SCALES:
-        assert not group_advantages(total, scale).any()
+    for scale in (*SCALES, "max_rl", "max_at_k"):
+        assert not group_advantages(total, scale, k=2).any()
     assert not pairwise_advantages(total, torch.randn(1, size), 2.0).any()
 
 

@@ -22,8 +22,8 @@ from trl.rewards import get_soft_overlong_punishment, think_format_reward
 import grpo
 import tasks
 from checkpoints import save
-from grpo import ALGORITHMS, Algorithm, group_advantages, policy_loss
-from rewards import answer_exact, answer_format, answer_near, parse_rewards, soft_overlong
+from grpo import ALGORITHMS, Algorithm, group_advantages, mixed_advantages, policy_loss
+from rewards import Scores, answer_exact, answer_format, answer_near, parse_rewards, soft_overlong
 from tasks import Example
 
 PROMPTS = ["(4-9)*6=", "1+2=", "7*8-3="]
@@ -118,6 +118,9 @@ LOSSES = {
     "gspo, wide": ("grpo", "sequence", dataclasses.replace(ALGORITHMS["gspo"], epsilon=0.01, epsilon_high=0.02)),
     "cispo, capped": ("cispo", "token", dataclasses.replace(ALGORITHMS["cispo"], epsilon_high=0.1)),
     "asymmetric": ("grpo", "token", Algorithm(epsilon=0.1, epsilon_high=0.3)),
+    "cap": ("grpo", "token", Algorithm(epsilon=0.1, epsilon_high=0.1, cap=1.15)),
+    "sapo": ("sapo", "token", ALGORITHMS["sapo"]),
+    "luspo": ("luspo", "sequence", dataclasses.replace(ALGORITHMS["luspo"], epsilon=0.01, epsilon_high=0.02)),
 }
 
 
@@ -140,7 +143,7 @@ def test_loss_and_gradient_are_trls(policies, rollout, trainer, monkeypatch, nam
         rollout.mask,
         algorithm,
         ref if kl else None,
-        LENGTH * len(old) if algorithm.aggregate == "constant" else None,
+        {"dr_grpo": LENGTH * len(old), "luspo": len(old)}.get(name),  # TRL's luspo has not divided by the length
     )
     loss.backward()
 
@@ -152,6 +155,7 @@ def test_loss_and_gradient_are_trls(policies, rollout, trainer, monkeypatch, nam
         assert hasattr(trainer, attribute)
         monkeypatch.setattr(trainer, attribute, value)
     monkeypatch.setattr(trainer.args, "use_bias_correction_kl", kl == "k3_unbiased")
+    monkeypatch.setattr(trainer.args, "delta", algorithm.cap or None)
     trainer.model.train()
     trainer.model.zero_grad()
     theirs = trainer._compute_loss(
@@ -171,10 +175,10 @@ def test_loss_and_gradient_are_trls(policies, rollout, trainer, monkeypatch, nam
     assert abs(loss.item() - theirs.item()) <= 1e-6
     for key, weight in trainer.model.named_parameters():
         gradient = policies[0].model.get_parameter(key).grad
-        assert (gradient - weight.grad).abs().max() <= 1e-6, key
+        assert (gradient - weight.grad).abs().max() <= 1e-6 * (LENGTH if name == "luspo" else 1), key
     norm = sum(weight.grad.square().sum() for weight in trainer.model.parameters()).sqrt()
     assert norm > 1e-2, "or the comparison would say nothing"
-    if name in ("grpo", "dapo", "gspo", "gspo, wide", "asymmetric"):
+    if name in ("grpo", "dapo", "gspo", "gspo, wide", "asymmetric", "cap", "luspo"):
         assert stats["clip_low"] > 0 and stats["clip_high"] > 0, "the clip must have acted"
 
 
@@ -184,6 +188,23 @@ def test_advantages_are_trls(trainer, monkeypatch, scale):
     inputs = [{"prompt": prompt, "answer": "5"} for prompt in PROMPTS for _ in range(G)]
     theirs = trainer._generate_and_score_completions(inputs)["advantages"]
     torch.testing.assert_close(group_advantages(REWARDS, scale).flatten(), theirs, rtol=0, atol=1e-6, check_dtype=False)
+
+
+def test_each_reward_normalised_before_the_sum_is_trls(trainer, monkeypatch):
+    """GDPO, with a function that is flat in a group."""
+    second = torch.tensor([[1.0, 20.0, 0.0, 0.0], [5.0] * 4, [0.0, 0.0, 1.0, 3.0]], dtype=torch.float64)
+    values = torch.stack([REWARDS.double(), second], -1)
+    weights = torch.tensor([0.7, 0.4])
+    monkeypatch.setattr(trainer, "multi_objective_aggregation", "normalize_then_sum")
+    monkeypatch.setattr(trainer, "reward_weights", weights)
+    monkeypatch.setattr(trainer, "reward_funcs", [given_rewards] * 2)
+    monkeypatch.setattr(trainer, "reward_func_names", ["one", "two"])
+    monkeypatch.setattr(trainer, "reward_processing_classes", [None, None])
+    monkeypatch.setattr(trainer, "_calculate_rewards", lambda *_: values.flatten(0, 1).float())
+    inputs = [{"prompt": prompt, "answer": "5"} for prompt in PROMPTS for _ in range(G)]
+    theirs = trainer._generate_and_score_completions(inputs)["advantages"]
+    ours = mixed_advantages(Scores(values, weights.double()), ALGORITHMS["gdpo"]).flatten()
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6, check_dtype=False)
 
 
 def test_leave_one_out_is_trls_rloo(policies, tmp_path):

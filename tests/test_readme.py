@@ -143,7 +143,7 @@ def test_the_figure_of_the_formulas_is_drawn(tmp_path):
 def test_the_table_of_algorithms_is_the_codes():
     from grpo import ALGORITHMS, Algorithm
 
-    table = README[README.index("| `--algorithm` |") :].partition("\n\n")[0]
+    table = "\n".join(text[text.index("| `--algorithm` |") :].partition("\n\n")[0] for text in (README, RESULTS))
     rows = re.findall(r"^\| `(\w+)`(?: \(\[[\d.]+\]\(\S+\)\))? \| (.*) \|$", table, re.MULTILINE)
     assert [name for name, _ in rows] == list(ALGORITHMS)
     for name, cells in rows:
@@ -152,11 +152,14 @@ def test_the_table_of_algorithms_is_the_codes():
         advantage, ratio, surrogate, bounds, aggregate, beta, more = cells
         written = {"advantage": advantage, "surrogate": surrogate, "aggregate": aggregate}
         assert {key: getattr(row, key) for key in written} == written and float(beta) == row.beta
-        if name != "pairwise":  # which has no ratio
-            assert ratio == row.ratio and [float(x) for x in bounds.split(" / ")] == [row.epsilon, row.epsilon_high]
+        for cell, key in ((ratio, "ratio"), (bounds, "epsilon")):  # "–" is what the row does not read
+            assert (cell == "–") == (key in row.idle), f"{name}: {key}"
+        assert ratio in ("–", row.ratio)
+        assert bounds == "–" or [float(x) for x in bounds.split(" / ")] == [row.epsilon, row.epsilon_high]
+        assert ("--combine each" in more) == (row.combine == "each")
         more = {key.replace("-", "_"): float(value) for key, value in re.findall(r"--([a-z-]+) ([\d.]+)", more)}
         assert {key: getattr(row, key) for key in more} == more
-        for key in ("max_resample", "overlong_buffer", "kl_estimator"):
+        for key in ("max_resample", "overlong_buffer", "kl_estimator", "anchor", "cap"):
             assert key in more or getattr(row, key) == getattr(Algorithm(), key), f"{name}: {key}"
 
 

@@ -124,7 +124,7 @@ def test_the_share_that_a_function_left_open_is_measured_even_where_it_is_none()
     mix = {"graded": (graded, 1.0), "lone": (lone, 0.0), "pair": (pair, 0.0)}
     _, means = rewards_of(mix, [Example("?")], sampled(["a", "b"]), endpoint=None)
     expected = {"missing/graded": 0, "reward/graded": 1.5, "reward_std/graded": math.sqrt(0.5)}
-    expected |= {"missing/lone": 0.5, "reward/lone": 0.5, "reward_std/lone": 0.0}
+    expected |= {"missing/lone": 0.5, "reward/lone": 0.5}
     expected |= {"missing/pair": 0, "reward/pair": 2, "reward_std/pair": math.sqrt(2)}
     assert means == pytest.approx(expected)
 
@@ -139,15 +139,10 @@ def test_what_is_measured_on_a_rollout_by_hand():
     metrics = measure_rollout(rollout, rewards, [Example("p"), Example("q")], SimpleNamespace(metrics=measures))
     assert metrics == pytest.approx(
         {
-            **{"reward": 1, "reward_std": math.sqrt(2 / 3), "accuracy": 1 / 3, "zero_std_groups": 0.5},
+            **{"reward": 1, "reward_std": math.sqrt(2 / 3), "accuracy": 1 / 3},
             **{"truncated": 0.25, "length": 2, "length_min": 1, "length_max": 3, "samples": 4, "tokens": 8},
         }
     )
-
-
-def test_all_groups_flat_is_a_share_of_one():
-    rollout, task = sampled(["a"] * 4), SimpleNamespace(metrics={})
-    assert measure_rollout(rollout, torch.ones(2, 2), [Example("p"), Example("q")], task)["zero_std_groups"] == 1
 
 
 def test_the_state_of_a_reward_goes_in_by_name_and_comes_out_as_json_reads_it():
