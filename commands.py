@@ -137,7 +137,11 @@ def parser_for(settings: type, description: str, examples: str) -> argparse.Argu
                 flags.append((f.name, f.type, copied))
         parts.append(dataclasses.make_dataclass("Flags", flags, namespace={"_argument_group_name": group}))
     look = {"usage": "%(prog)s [--flag value ...]", "formatter_class": HelpFormatter}
-    return Parser(parts, description=description, epilog=examples, allow_abbrev=False, **look)
+    parser = Parser(parts, description=description, epilog=examples, allow_abbrev=False, **look)
+    for action in parser._actions:  # a switch of the table of algorithms needs no value, like any other
+        if bool | None in [f.type for f in fields(settings) if f.name == action.dest]:
+            action.nargs, action.const = "?", True
+    return parser
 
 
 def atomic_write(path: Path, write: Callable[[Path], object]) -> None:

@@ -48,9 +48,10 @@ def page(run, mathematics: ModuleType) -> str:
         mean_logp = (old_logp.sum(1) / lengths).view_as(advantages)
         advantages = mathematics.pairwise_advantages(advantages, mean_logp, algorithm.preference_strength)
     logp = old_logp.clone().requires_grad_()
-    whole = mathematics.loss_denominator(rollout.mask, algorithm.aggregate, config.max_new_tokens)
+    mask = mathematics.loss_mask(rollout, algorithm)
+    whole = max(1, mathematics.loss_denominator(mask, algorithm.aggregate, config.max_new_tokens))
     loss, _ = mathematics.policy_loss(
-        logp, old_logp, advantages.flatten(), rollout.mask, algorithm, ref_logp, denominator=whole
+        logp, old_logp, advantages.flatten(), mask, algorithm, ref_logp, denominator=whole
     )
     (pull,) = torch.autograd.grad(-loss, logp)
 

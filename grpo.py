@@ -186,6 +186,9 @@ def policy_loss(
     if algorithm.ratio == "sequence":
         log_ratio = row_mean(log_ratio, mask)  # (GSPO, eq. 7)
     per_token = surrogate(log_ratio, advantage, logp, mask, algorithm)
+    if algorithm.off_policy_limit:  # rows to be made rarer that are so already (DeepSeek-V3.2, arXiv 2512.02556)
+        near = -row_mean(token_log_ratio.detach(), mask) <= algorithm.off_policy_limit
+        per_token = torch.where(near | (advantage >= 0), per_token, 0.0)
     if algorithm.anchor:  # a pull towards the old policy (Kimi K2, arXiv 2507.20534)
         per_token = per_token + algorithm.anchor / 2 * token_log_ratio.square()
     if ref_logp is not None:
@@ -227,6 +230,10 @@ class Algorithm:
     k: int = option(4, "How many are drawn of which max_at_k wants the best.", "algorithm", at_least=2)
     cap: float = option(0.0, "The ratio is held below this where A < 0, too; 0 is off.", "algorithm")
     anchor: float = option(0.0, "Weight of half the squared log-ratio, towards the old policy.", "algorithm")
+    off_policy_limit: float = option(
+        0.0, "Rows with A < 0 whose mean log-ratio is below minus this are dropped; 0 is off.", "algorithm"
+    )
+    mask_truncated: bool = option(False, "Leave truncated completions out of the loss.", "algorithm")
 
     def __post_init__(self):
         commands.check_settings(self)
@@ -452,6 +459,11 @@ def replace_flat_groups(run: "GRPORun", step: int, examples: list[Example], roll
     return join(rollouts), Scores(torch.cat([part.values for part in parts]), scores.weights), counts
 
 
+def loss_mask(rollout: Rollout, algorithm: Algorithm) -> torch.Tensor:
+    """The tokens (B, T) that the loss is made of; a row that is left out stays in its group's mean."""
+    return rollout.mask & ~rollout.truncated[:, None] if algorithm.mask_truncated else rollout.mask
+
+
 def update(
     policy: Policy, reference: Policy | None, optimizer: torch.optim.Optimizer, rollout: Rollout,
     advantages: torch.Tensor, ref_logp: torch.Tensor | None, config: "GRPOConfig",
@@ -462,8 +474,8 @@ def update(
     it and clears the gradient. With several ranks the rows are this one's, denominators and gradients those of all.
     """
     algorithm, order, budget = config.resolved_algorithm, advantages, config.micro_batch_tokens
-    rows = loss_denominator(rollout.mask, algorithm.aggregate, config.max_new_tokens)
-    denominator = ranks.total({"rows": rows})["rows"]
+    rows = loss_denominator(loss_mask(rollout, algorithm), algorithm.aggregate, config.max_new_tokens)
+    denominator = max(1, ranks.total({"rows": rows})["rows"])
     start, losses, norms, all_sums, all_peaks = None, [], [], Counter(), {}
     for _ in range(config.num_inner_updates):
         if algorithm.advantage == "pairwise":  # which follows the policy as it is now
@@ -480,7 +492,7 @@ def update(
         norms.append(runs.descend(optimizer, config.clip_grad_norm, rollout.records(rollout.mask.any(1))))
         all_sums.update(sums)
         all_peaks = {name: max(value, all_peaks.get(name, 0.0)) for name, value in peaks.items()}
-    tokens = all_sums.pop("tokens")
+    tokens = max(1, all_sums.pop("tokens"))  # none where all rows are truncated, and masked
     means = {name: value / tokens for name, value in all_sums.items()}
     means |= {"loss": statistics.fmean(losses), "grad_norm": statistics.fmean(norms), "micro_batch_tokens": budget}
     return means | all_peaks | {"learning_rate": optimizer.param_groups[0]["lr"]}
@@ -508,9 +520,10 @@ def backward(
             old_logp[rows, :width] = logp.detach()
         old, ref = old_logp[rows, :width], None if ref_logp is None else ref_logp[rows, :width]
         advantage = advantages.flatten()[rows]  # row p * G + g
-        loss, stats = policy_loss(logp, old, advantage, part.mask, algorithm, ref, denominator)
+        mask = loss_mask(part, algorithm)
+        loss, stats = policy_loss(logp, old, advantage, mask, algorithm, ref, denominator)
         loss.backward()
-        stats |= {"loss": loss, "entropy": entropy.sum(), "sampler_gap": (part.sampler_logp - old).abs().max()}
+        stats |= {"loss": loss, "entropy": entropy[mask].sum(), "sampler_gap": (part.sampler_logp - old).abs().max()}
         exact_kl = policy.exact_kl(reference, part) if reference else None
         if exact_kl is not None:  # of a Gaussian policy
             stats["kl"] = exact_kl.sum()

@@ -20,6 +20,7 @@ from policy import log_distribution  # noqa: E402
 VOCABULARY, LENGTH, END = 3, 2, 0
 COMPLETIONS = [(END,), *itertools.product((1, 2), range(VOCABULARY))]
 MASK = torch.tensor([[True, len(completion) == 2] for completion in COMPLETIONS])
+TRUNCATED = torch.tensor([completion[-1] != END for completion in COMPLETIONS])
 REWARDS = torch.tensor([0.9, 0.1, 1.0, 0.3, 0.4, 0.0, 0.6], dtype=torch.float64)  # of each completion, for one prompt
 
 
@@ -60,7 +61,8 @@ def expected_loss(
     groups = itertools.product(range(len(COMPLETIONS)), repeat=group_size)
     for picks in itertools.product(list(groups), repeat=len(logits)):
         logp = torch.cat([score[list(pick)] for score, pick in zip(scores, picks, strict=True)])
-        mask = MASK[[i for pick in picks for i in pick]]
+        rows = [i for pick in picks for i in pick]
+        mask = MASK[rows] & ~TRUNCATED[rows, None] if algorithm.mask_truncated else MASK[rows]
         given = torch.stack([reward[list(pick)] for reward, pick in zip(rewards, picks, strict=True)])
         advantages = group_advantages(given, algorithm.advantage, k=algorithm.k).flatten()
         loss, _ = policy_loss(logp, logp.detach(), advantages, mask, algorithm)

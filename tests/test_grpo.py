@@ -303,6 +303,27 @@ def test_best_checkpoint_is_the_best_by_validation(base, tmp_path, small_task, m
     assert same(at_two, load_file(tmp_path / "run" / "model.safetensors"))
 
 
+def test_truncated_rows_leave_the_loss_and_not_their_groups_mean():
+    """Under `token_mean` it is that of the rows that are left, with the advantages of all; of none left it is 0."""
+    rollout, weights = rollout_of(tiny_policy(), EXAMPLES, 4, max_new_tokens=8), []
+    rewards = torch.rand(3, 4, generator=torch.Generator().manual_seed(0))
+    rollout.truncated[::2] = True
+    row = GRPOConfig(aggregate="token_mean", beta=0.0, mask_truncated=True, max_new_tokens=8)
+    plain, left = dataclasses.replace(row, mask_truncated=None), (~rollout.truncated).nonzero()[:, 0]
+    all_cut = dataclasses.replace(rollout, truncated=torch.ones(12, dtype=torch.bool))
+    advantages = group_advantages(rewards).flatten()
+    for part, config, given in ((rollout, row, advantages), (rollout.select(left), plain, advantages[left])):
+        policy = tiny_policy()
+        optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.1)
+        metrics = grpo.update(policy, None, optimizer, part, given, None, config)
+        weights.append(torch.cat([weight.detach().flatten() for weight in policy.model.parameters()]))
+        assert metrics["entropy"] > 0
+    torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-7)
+    metrics = grpo.update(policy, None, optimizer, all_cut, advantages, None, row)
+    after = torch.cat([weight.detach().flatten() for weight in policy.model.parameters()])
+    assert metrics["loss"] == metrics["grad_norm"] == 0 and torch.equal(after, weights[1])
+
+
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_algorithm_runs_and_is_stored_with_the_run(base, tmp_path, small_task, name, capsys):
     config = settings(base, tmp_path / "run", algorithm=name, steps=2, num_inner_updates=2)
@@ -517,7 +538,8 @@ def test_a_run_begins_with_what_it_will_do(base, tmp_path, small_task, capsys, m
 def test_a_row_shows_what_it_reads():
     assert str(ALGORITHMS["pairwise"]) == (
         "advantage pairwise, surrogate reinforce, aggregate sequence_mean, beta 0.0, max resample 0, "
-        "overlong buffer 0.0, preference strength 2.0, combine sum, anchor 0.0"
+        "overlong buffer 0.0, preference strength 2.0, combine sum, anchor 0.0, off policy limit 0.0, "
+        "mask truncated False"
     )
     assert "epsilon" not in str(ALGORITHMS["sapo"]) and "k 4" in str(ALGORITHMS["passk"])
     assert "max resample 3, overlong buffer 0.2" in str(ALGORITHMS["dapo"]) and "kl" not in str(ALGORITHMS["dapo"])

@@ -11,6 +11,7 @@ from enumeration import (
     LENGTH,
     MASK,
     REWARDS,
+    TRUNCATED,
     bias,
     bias_row,
     expected_loss,
@@ -57,6 +58,14 @@ def test_the_constant_aggregate_is_unbiased(logits, advantage, factor, ratio, su
     step = -gradient_of(expected_loss([logits], [REWARDS], 3, algorithm), logits)
     truth = factor / LENGTH * gradient_of(expected_reward(logits), logits)
     close(step, truth)
+
+
+def test_without_truncated_rows_they_count_as_average_ones(logits):
+    """The step climbs the sum over complete answers y of pi(y) * (R(y) - J), J = E[R] being held fixed."""
+    row = Algorithm(advantage="leave_one_out", mask_truncated=True, **PLAIN)
+    fixed = expected_reward(logits).detach()
+    complete = (log_probs(logits).sum(1).exp() * (REWARDS - fixed))[~TRUNCATED].sum()
+    close(-gradient_of(expected_loss([logits], [REWARDS], 3, row), logits), gradient_of(complete, logits) / LENGTH)
 
 
 RIGHT = (REWARDS > 0.5).double()  # three of the seven completions

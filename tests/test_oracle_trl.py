@@ -119,6 +119,7 @@ LOSSES = {
     "cispo, capped": ("cispo", "token", dataclasses.replace(ALGORITHMS["cispo"], epsilon_high=0.1)),
     "asymmetric": ("grpo", "token", Algorithm(epsilon=0.1, epsilon_high=0.3)),
     "cap": ("grpo", "token", Algorithm(epsilon=0.1, epsilon_high=0.1, cap=1.15)),
+    "off-policy limit": ("grpo", "token", Algorithm(off_policy_limit=0.001)),
     "sapo": ("sapo", "token", ALGORITHMS["sapo"]),
     "luspo": ("luspo", "sequence", dataclasses.replace(ALGORITHMS["luspo"], epsilon=0.01, epsilon_high=0.02)),
 }
@@ -156,6 +157,7 @@ def test_loss_and_gradient_are_trls(policies, rollout, trainer, monkeypatch, nam
         monkeypatch.setattr(trainer, attribute, value)
     monkeypatch.setattr(trainer.args, "use_bias_correction_kl", kl == "k3_unbiased")
     monkeypatch.setattr(trainer.args, "delta", algorithm.cap or None)
+    monkeypatch.setattr(trainer, "off_policy_mask_threshold", algorithm.off_policy_limit or None)
     trainer.model.train()
     trainer.model.zero_grad()
     theirs = trainer._compute_loss(

@@ -30,8 +30,8 @@ PLAIN = Algorithm(surrogate="reinforce", beta=0.0)
 
 
 # advantage, ratio, surrogate, epsilon, epsilon_high, aggregate, beta, kl_estimator, max_resample, overlong_buffer, s,
-# combine, k, cap, anchor
-OFF = ("sum", 4, 0.0, 0.0)
+# combine, k, cap, anchor, off_policy_limit, mask_truncated
+OFF = ("sum", 4, 0.0, 0.0, 0.0, False)
 TABLE = {
     "grpo": ("group", "token", "clip", 0.2, 0.2, "sequence_mean", 0.04, "k3", 0, 0.0, 2.0, *OFF),
     "dr_grpo": ("centered", "token", "clip", 0.2, 0.2, "constant", 0.0, "k3", 0, 0.0, 2.0, *OFF),
@@ -44,11 +44,65 @@ TABLE = {
     "sapo": ("group", "token", "sapo", 0.2, 0.2, "sequence_mean", 0.0, "k3", 0, 0.0, 2.0, *OFF),
     "gmpo": ("group", "token", "geometric", 0.4, 0.4, "sequence_mean", 0.0, "k3", 0, 0.0, 2.0, *OFF),
     "dppo": ("group", "token", "dppo", 0.15, 0.15, "token_mean", 0.0, "k3", 0, 0.0, 2.0, *OFF),
-    "prime": ("centered", "token", "dppo", 0.2, 0.2, "token_mean", 0.0, "k3", 0, 0.0, 2.0, "sum", 4, 0.0, 2e-3),
-    "kimi": ("centered", "token", "reinforce", 0.2, 0.2, "token_mean", 0.0, "k3", 0, 0.0, 2.0, "sum", 4, 0.0, 0.2),
+    "prime": (
+        "centered",
+        "token",
+        "dppo",
+        0.2,
+        0.2,
+        "token_mean",
+        0.0,
+        "k3",
+        0,
+        0.0,
+        2.0,
+        "sum",
+        4,
+        0.0,
+        2e-3,
+        0.0,
+        False,
+    ),
+    "kimi": (
+        "centered",
+        "token",
+        "reinforce",
+        0.2,
+        0.2,
+        "token_mean",
+        0.0,
+        "k3",
+        0,
+        0.0,
+        2.0,
+        "sum",
+        4,
+        0.0,
+        0.2,
+        0.0,
+        False,
+    ),
     "maxrl": ("max_rl", "token", "clip", 0.2, 0.2, "constant", 0.0, "k3", 0, 0.0, 2.0, *OFF),
     "passk": ("max_at_k", "token", "clip", 0.2, 0.2, "constant", 0.0, "k3", 0, 0.0, 2.0, *OFF),
-    "gdpo": ("batch_std", "token", "clip", 0.2, 0.2, "sequence_mean", 0.0, "k3", 0, 0.0, 2.0, "each", 4, 0.0, 0.0),
+    "gdpo": (
+        "batch_std",
+        "token",
+        "clip",
+        0.2,
+        0.2,
+        "sequence_mean",
+        0.0,
+        "k3",
+        0,
+        0.0,
+        2.0,
+        "each",
+        4,
+        0.0,
+        0.0,
+        0.0,
+        False,
+    ),
 }
 
 
@@ -291,6 +345,21 @@ def test_the_anchor_is_a_sum_of_squares_and_the_tokens_also_under_a_sequence_rat
     row = Algorithm(ratio="sequence", aggregate="token_mean", anchor=0.5)
     loss, _ = policy_loss(logp, torch.zeros(1, 2).double(), torch.zeros(1).double(), mask, row)
     assert loss.item() == pytest.approx(0.25)  # the row's log-ratio is 0, but not those of its tokens
+
+
+def test_rows_that_have_become_rare_are_dropped_where_they_should_be_made_rarer_still():
+    """Mean log-ratios -0.3, -0.3 and -0.1 against a limit of 0.2; the row that is dropped still has its KL term."""
+    log_ratio = torch.tensor([[-0.6, 0.0], [-0.6, 0.0], [-0.2, 9.0]], dtype=torch.float64)
+    mask = torch.tensor([[True, True], [True, True], [True, False]])
+    row = Algorithm(surrogate="reinforce", aggregate="token_mean", beta=0.0, off_policy_limit=0.2)
+    for beta in (0.0, 0.1):
+        logp = (log_ratio - 1).requires_grad_()
+        row = dataclasses.replace(row, beta=beta, kl_estimator="k2")
+        advantages = torch.tensor([-1.0, 1.0, -1.0]).double()
+        ref = logp.detach() - 0.5 if beta else None
+        loss, _ = policy_loss(logp, -torch.ones(3, 2).double(), advantages, mask, row, ref)
+        expected = torch.tensor([[0.0, 0.0], [-0.2, -0.2], [0.2, 0.0]]).double() + mask * beta * 0.5 / 5
+        torch.testing.assert_close(torch.autograd.grad(loss, logp)[0], expected, rtol=1e-6, atol=1e-9)
 
 
 SURROGATES = commands.choices_of(Algorithm.__annotations__["surrogate"])

@@ -548,7 +548,7 @@ EFFECTS = {
         "weights": "model=other dtype=bfloat16 num_inner_updates=1 learning_rate=0.02 warmup_steps=2 "
         "clip_grad_norm=0.001 algorithm=dapo advantage=leave_one_out ratio=sequence surrogate=cispo epsilon=0.01 "
         "epsilon_high=0.01 aggregate=constant beta=0.5 kl_estimator=k2 preference_strength=0.1 "
-        "combine=each k=3 cap=1.0001 anchor=5",
+        "combine=each k=3 cap=1.0001 anchor=5 off_policy_limit=1e-9 mask_truncated",
         "metrics": "task=odd_even data=file.json limit=3 seed=1 steps=1 batch_size=2 num_generations=4 "
         "max_resample=2 overlong_buffer=1 ref_update_every=1 temperature=2 exploration_noise=0.5 even_bonus=0.7 "
         "max_new_tokens=4 rewards=lucky=2 ideal_length=3 scorer=other eval_every=1 patience=1 kl_limit=1e-9 "
@@ -584,6 +584,7 @@ NEEDS = {
     "combine": "advantage=centered",
     "k": "algorithm=passk k=2",
     "cap": "epsilon_high=0",
+    "mask_truncated": "max_new_tokens=3",
     "even_bonus": "model=twenty rewards=even_bonus=1",
     "ideal_length": "rewards=char_length=1",
     "scorer": "rewards=perplexity=1 scorer=base",
