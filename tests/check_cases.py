@@ -139,14 +139,24 @@ LOSS_FAULTS = known(1, 2, 3, 6, 12, 13, 15, 24, 25, 26, 27, 28, 37)
 LENGTHS, ADVANTAGES = [6, 1, 3, 6, 2, 4], [1.2, -0.7, 0.4, -1.5, 0.9, -0.3]
 
 
+def on_a_bound(log_ratio: np.ndarray, mask: np.ndarray) -> bool:
+    """Whether a token's ratio, or a row's, is so near to a row's clip that float32 may see it on the other side."""
+    ratios = np.exp(np.concatenate([log_ratio[mask], log_ratio.sum(1) / mask.sum(1)]))
+    bounds = [bound for row in grpo.ALGORITHMS.values() for bound in (1 - row.epsilon, 1 + row.epsilon_high)]
+    return np.abs(ratios[:, None] - bounds).min() < 1e-5
+
+
 def loss_cases() -> list[Case]:
     """Cases of 6 rows of up to 6 tokens; the first tells most candidates apart, so it is asked first."""
     rng = np.random.default_rng(0)
 
     def case(what, log_ratio, padding=0.0, advantages=ADVANTAGES, rows=slice(None), needs=(), lengths=LENGTHS) -> Case:
         mask = np.arange(max(lengths)) < np.array(lengths)[:, None]
-        logp = -rng.uniform(0.05, 3, mask.shape).round(3)
-        old, ref = (logp - log_ratio(mask.shape)).round(6), logp + rng.normal(0, 0.6, mask.shape).round(3)
+        while True:
+            logp = -rng.uniform(0.05, 3, mask.shape).round(3)
+            old, ref = (logp - log_ratio(mask.shape)).round(6), logp + rng.normal(0, 0.6, mask.shape).round(3)
+            if not on_a_bound(np.where(mask, logp - old, 0.0), mask):
+                break
         drawn = [rng.uniform(-padding, padding, mask.shape).round(1) for _ in range(3)]
         logp, old, ref = (np.where(mask, x, y)[rows] for x, y in zip((logp, old, ref), drawn, strict=True))
         given = {"logp": logp, "old_logp": old, "advantages": np.array(advantages)[rows], "mask": mask[rows]}
@@ -212,6 +222,8 @@ def rows_of(module: types.ModuleType, **cells: float) -> dict:
     """The rows of the table that differ in the loss, with their names; the advantage is given, so it is no cell."""
     rows: dict = {}
     for name, row in module.ALGORITHMS.items():
+        if row.combine == "each":  # `gdpo`, whose loss is that of `grpo` without KL
+            continue
         plain = replace(row, advantage="group", max_resample=0, overlong_buffer=0.0, **cells)
         rows.setdefault(plain, []).append(name)
     return {row: "` or `".join(names) for row, names in rows.items()}

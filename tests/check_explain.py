@@ -37,14 +37,28 @@ def work_out_loss(case: Case, algorithm, beta: float, seen: Numbers, expected: N
     b, t = map(int, np.unravel_index(gaps.argmax(), gaps.shape))
     logp, mask, advantage = given["logp"], given["mask"], given["advantages"][b]
     old = logp if given["old_logp"] is None else given["old_logp"]
-    log_ratio = (logp - old)[b, t]
+    real = torch.from_numpy(mask[b])[None]
+    row = lambda x: torch.from_numpy(np.where(mask[b], x[b], 0.0))[None]  # noqa: E731
+    log_ratio = row(logp - old)
     if algorithm.ratio == "sequence":
-        log_ratio = (logp - old)[b][mask[b]].mean()
-    one = lambda x: torch.tensor([[float(x)]], dtype=torch.float64)  # noqa: E731
-    term = grpo.surrogate(one(math.exp(log_ratio)), one(advantage), one(logp[b, t]), algorithm).item()
-    formula = {"clip": "-min(r A, clip(r) A)", "cispo": "-clip(r) A logp, the weight a number", "reinforce": "-A logp"}
-    bounds = f"clip to [{1 - algorithm.epsilon:g}, {1 + algorithm.epsilon_high:g}]: "
-    bounds = "" if algorithm.surrogate == "reinforce" else bounds
+        log_ratio = grpo.row_mean(log_ratio, real)
+    ratio = math.exp(log_ratio[0, t])
+    sizes = (log_ratio, torch.tensor([[float(advantage)]], dtype=torch.float64), row(logp), real)
+    term = grpo.surrogate(*sizes, algorithm)[0, t].item()
+    formula = {
+        "clip": "-min(r A, clip(r) A)",
+        "cispo": "-clip(r) A logp, the weight a number",
+        "reinforce": "-A logp",
+        "sapo": "-4 / s sigmoid(s (r - 1)) A, s = 1 for A > 0, else 1.05",
+        "geometric": "-exp(mean of clip(log r)) A",
+        "dppo": "-r A, but 0 where pi - pi_old is beyond",
+    }
+    bounds = {
+        "clip": f"clip to [{1 - algorithm.epsilon:g}, {1 + algorithm.epsilon_high:g}]: ",
+        "geometric": f"clip to [{-algorithm.epsilon:g}, {algorithm.epsilon_high:g}]: ",
+    }
+    bounds["dppo"], bounds["cispo"] = bounds["geometric"], bounds["clip"]
+    anchor = f" + {algorithm.anchor / 2:g} log(r)^2" if algorithm.anchor else ""
     d = given["ref_logp"][b, t] - logp[b, t]
     kl = f" + {beta:g} {algorithm.kl_estimator}(d), d = ref_logp - logp = {d:.6g}" if beta else ""
     divided = {
@@ -52,12 +66,13 @@ def work_out_loss(case: Case, algorithm, beta: float, seen: Numbers, expected: N
         "token_mean": f"by all {given['step_tokens']} tokens",
         "constant": f"by {given['step_rows']} rows times max_new_tokens {given['max_new_tokens']}",
     }[algorithm.aggregate]
-    real = "" if mask[b, t] else ", padding, which must have no gradient"
+    padding = "" if mask[b, t] else ", padding, which must have no gradient"
     mine = f", you give {seen['gradient'][b, t]:.8g}" if "gradient" in seen else ""
-    place = f"row {b}, token {t}{real}: logp {logp[b, t]:g}, old_logp {old[b, t]:g}"
+    place = f"row {b}, token {t}{padding}: logp {logp[b, t]:g}, old_logp {old[b, t]:g}"
     return [
-        f"{place}, r = {math.exp(log_ratio):.6g}, A = {advantage:g}",
-        f"{bounds}{formula[algorithm.surrogate]} = {term:.6g}{kl}; divided {divided}",
+        f"{place}, r = {ratio:.6g}, A = {advantage:g}",
+        f"{bounds.get(algorithm.surrogate, '')}{formula[algorithm.surrogate]} = {term:.6g}{anchor}{kl}; "
+        f"divided {divided}",
         f"expected derivative {expected['gradient'][b, t]:.8g}{mine}; "
         f"loss {expected['value']:.8g}, you give {seen['value']:.8g}",
     ]

@@ -42,6 +42,7 @@ CELLS = {
     "dapo": (0.2, 0.28, 0, "token", "clip", "token_mean"),
     "gspo": (3e-4, 4e-4, 0, "sequence", "clip", "sequence_mean"),
     "cispo": (1.0, 4.0, 0, "token", "cispo", "token_mean"),
+    "luspo": (2e-3, 2.5e-3, 0, "sequence", "clip", "constant"),
     "pairwise": (0, 0, 0, "token", "reinforce", "sequence_mean"),
 }
 ADVANTAGES = """

@@ -110,10 +110,11 @@ def test_a_sum_for_a_mean_a_subtracted_kl_and_a_clip_that_is_nobodys():
     told = verdict(loss("dapo", ("(step_tokens if", "(1.0 if")))
     assert told.status == "differs" and not told.equals  # another factor in each case
     told = verdict(loss("dr_grpo", ("max_new_tokens)", "max_new_tokens * 4)")))
-    assert told.text.startswith("differs: 0.25 times `dr_grpo` or `rloo` in every case")
+    assert told.text.startswith("differs: 0.25 times `dr_grpo` or `rloo` or `maxrl` or `passk` in every case")
     told = verdict(loss("grpo", ("cost = cost + BETA", "cost = cost - BETA")))
     assert told.status == "differs" and "the KL term subtracted" in told.text
-    told = verdict(loss("dapo").replace("0.28", "0.25"))
+    assert "nearest: `" in verdict(loss("dapo").replace("0.28", "0.25")).text
+    told = verdict(loss("dapo").replace("0.28", "0.25"), "--row", "dapo")
     lines = told.text.splitlines()
     assert "nearest: `dapo`" in lines[0] and "first at case 1" in lines[0] and len(lines) == 4
     assert "clip to [0.8, 1.28]" in lines[2] and "divided by all 22 tokens" in lines[2]
