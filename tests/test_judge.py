@@ -49,6 +49,15 @@ def slow(handler, number):
     answers(handler, number)
 
 
+MEETING = threading.Barrier(4)
+
+
+@behaviour
+def answers_four_at_once(handler, number):
+    MEETING.wait(timeout=20)  # broken where they come one after the other, and then there is no answer
+    answers(handler, number)
+
+
 @behaviour
 def busy_at_first(handler, number):
     send(handler, 429, Retry_After="0") if number % 2 else answers(handler, number)
@@ -170,15 +179,13 @@ def client(url: str, **more) -> Judge:
     return Judge(url, "m", **{"seconds": 0.5, "pause": 0.01} | more)
 
 
-@pytest.mark.parametrize("name", ["answers", "slow", "busy_at_first", "fails_at_first"])
+@pytest.mark.parametrize("name", ["answers", "answers_four_at_once", "busy_at_first", "fails_at_first"])
 def test_scores_come_back_row_by_row(server, name):
     """Also where the first call fails; several calls run at once, and equal rows are asked for once."""
     made = server(name)
-    endpoint = client(made.url, key="secret", calls=1 if "first" in name else 8)
+    endpoint = client(made.url, key="secret", calls=1 if "first" in name else 8, seconds=30.0)
     completions = ["good"] + [f"bad {i}" for i in range(6)] + ["good", "good one"]
-    start = time.monotonic()
     assert judge(["q"] * 9, completions, endpoint=endpoint) == [1, 0, 0, 0, 0, 0, 0, 1, 1]
-    assert time.monotonic() - start < 1.0  # eight slow calls one after the other would take 1.6 s
     assert len(made.bodies) == 8 * (1 + ("first" in name))
     call = made.bodies[0]
     assert (call["path"], call["key"], call["model"]) == ("/v1/chat/completions", "Bearer secret", "m")
