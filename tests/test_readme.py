@@ -126,7 +126,8 @@ def test_the_studies_tables_and_figures_follow_from_the_committed_runs(tmp_path)
     assert (tmp_path / "sweeps.svg").stat().st_size > 10_000
     rows = [line for line in printed.stdout.splitlines() if line.startswith("| ")]
     assert len(rows) == 16 and all(row in RESULTS for row in rows), printed.stderr
-    for study, baseline in (("algorithms", "grpo"), ("rewards", "answer_format=0.2,answer_near=0.2,answer_exact=0.6")):
+    shaped = "answer_format=0.2,answer_near=0.2,answer_exact=0.6"
+    for study, baseline in (("algorithms", "grpo"), ("more_rows", "grpo"), ("rewards", shaped)):
         runs = sorted((ROOT / "results" / study).glob("*/seed*"))
         plot_metrics.plot(runs, tmp_path, baseline=baseline)
         drawn = (tmp_path / "comparison.md").read_text()
