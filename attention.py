@@ -47,7 +47,7 @@ def additive(visible: torch.Tensor) -> torch.Tensor:
 class Shared:
     """`count` texts, each the beginning of several rows, and in each layer their keys and values (count, K, L, D).
 
-    `group` (B,), ascending, names the text of each row, `key_mask` (count, L) is true on real tokens.
+    `group` (B,) names the text of each row, `key_mask` (count, L) is true on real tokens.
     """
 
     def __init__(self, count: int, group: torch.Tensor, layers: Sequence = (), key_mask: torch.Tensor | None = None):
@@ -59,8 +59,19 @@ class Shared:
         """Take other rows; if their numbers differ, each text gets as many slots as the one with the most rows."""
         sizes = torch.bincount(group, minlength=self.count)
         self.group, self.shape = group, (len(sizes), int(sizes.max()))
-        within = torch.arange(len(group), device=group.device) - (sizes.cumsum(0) - sizes)[group]
-        self.slots = None if self.shape[0] * self.shape[1] == len(group) else group * self.shape[1] + within
+        order, within = group.argsort(stable=True), torch.empty_like(group)
+        within[order] = torch.arange(len(group), device=group.device) - (sizes.cumsum(0) - sizes)[group[order]]
+        slots = group * self.shape[1] + within
+        as_they_stand = torch.equal(slots, torch.arange(self.shape[0] * self.shape[1], device=group.device))
+        self.slots = None if as_they_stand else slots
+
+    def repeat(self, x: torch.Tensor) -> torch.Tensor:
+        """What belongs to the texts (count, ...), for each of their rows (B, ...); the backward pass is a sum.
+
+        It never adds up rows by index, which is slower, and on a GPU done in another order every time.
+        """
+        x = x[:, None].expand(-1, self.shape[1], *x.shape[1:]).flatten(0, 1)
+        return x if self.slots is None else x.index_select(0, self.slots)  # each at most once
 
     def fold(self, x: torch.Tensor) -> torch.Tensor:
         """Rows (B, K, S, D) side by side, one matrix for each text and head: (n, K, rows * S, D)."""
@@ -124,7 +135,7 @@ class Cache:
         return key, value
 
     def share(self, group: torch.Tensor, room: int = 0, key_mask: torch.Tensor | None = None) -> None:
-        """Go on with rows of which `group` (B,), ascending, names the one so far that each continues.
+        """Go on with rows of which `group` (B,) names the one so far that each continues.
 
         A long text stays where it is and is read once for all its rows, which halves the time of attention after 256
         tokens that 16 rows share; a short one is repeated, which saves small operations. `key_mask` (rows so far, L)
@@ -134,7 +145,8 @@ class Cache:
             shared.regroup(shared.group[group])
         if self.length < self.share_from:
             self.key_mask = None if key_mask is None else key_mask[group]
-            repeated = [tuple(x.index_select(0, group) for x in pair) for pair in self.layers]
+            rows = Shared(len(self.layers[0][0]), group)
+            repeated = [tuple(rows.repeat(x) for x in pair) for pair in self.layers]
             self.layers = [tuple(F.pad(x, (0, 0, 0, room)) for x in pair) for pair in repeated]
             self.room = room and self.length + room
         else:
@@ -162,23 +174,22 @@ class Packed:
     """
 
     def __init__(self, prompts: torch.Tensor, completions: torch.Tensor, group: torch.Tensor, common: int = 0):
-        self.group, self.common, prompts = group, common, prompts - common
+        self.common, prompts = common, prompts - common
         self.sizes = [int(prompts.sum()), int(completions.sum())]
-        first, width = torch.arange(len(prompts), device=group.device), len(group) // len(prompts)
-        self.even = torch.equal(group, first.repeat_interleave(width))  # each prompt has as many rows as the others
+        self.rows = Shared(len(prompts), group)
         # Which slots of (P, L) and of (B, T), padded on the right, are real.
         self.real = [
             torch.arange(int(lengths.max()), device=group.device) < lengths[:, None]
             for lengths in (prompts, completions)
         ]
         self.slots = [None if real.all() else real.flatten().nonzero()[:, 0] for real in self.real]
-        before = self.of_rows(self.real[0])[:, None].expand(-1, self.real[1].shape[1], -1)
+        before = self.rows.repeat(self.real[0])[:, None].expand(-1, self.real[1].shape[1], -1)
         visible = torch.cat([before, torch.ones_like(before[..., :1]).expand(-1, -1, before.shape[1]).tril()], 2)
         self.mask, self.end_mask = additive(visible)[:, None], additive(self.real[0])[:, None, None]
         self.prompt_mask, length = None, self.real[0].shape[1]  # None: plain causal attention
         if common:
             self.prompt_mask = additive(torch.ones(1, 1, length, length, dtype=torch.bool, device=group.device).tril())
-            self.texts = [Shared(1, torch.zeros_like(rows)) for rows in (first, group)]
+            self.texts = [Shared(1, torch.zeros_like(rows)) for rows in (prompts, group)]
         # The tokens that predict one: the last of each prompt, and those of the completions.
         tokens = torch.arange(common + sum(self.sizes), device=group.device)
         self.asking = torch.cat([common + prompts.cumsum(0) - 1, tokens[common + self.sizes[0] :]])
@@ -195,7 +206,7 @@ class Packed:
         else:
             ends = q[: len(own[0]), :, None]
             seen.append(self.attend(0, first[1:], ends, *own, self.end_mask)[:, :, 0])
-        k, v = (torch.cat([self.of_rows(x), self.pad(y, 1)], 2) for x, y in zip(own, (k, v), strict=True))
+        k, v = (torch.cat([self.rows.repeat(x), self.pad(y, 1)], 2) for x, y in zip(own, (k, v), strict=True))
         seen.append(self.unpad(self.attend(1, first[1:], self.pad(q, 1), k, v, self.mask), 1))
         return torch.cat(seen)
 
@@ -223,9 +234,3 @@ class Packed:
         """The inverse of `pad`."""
         x = x.transpose(1, 2).flatten(0, 1)
         return x if self.slots[part] is None else x.index_select(0, self.slots[part])
-
-    def of_rows(self, x: torch.Tensor) -> torch.Tensor:
-        """What belongs to the prompts (P, ...), repeated for their rows (B, ...)."""
-        if self.even:  # its backward pass is a sum, 10 % of attention faster than adding up rows by index
-            return x[:, None].expand(-1, len(self.group) // len(x), *x.shape[1:]).flatten(0, 1)
-        return x.index_select(0, self.group)

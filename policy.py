@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import ranks
-from attention import Packed
+from attention import Packed, Shared
 from commands import UserError, printable
 from model_toy import Llama, prepacked
 from policy_gaussian import GaussianPolicy
@@ -369,15 +369,16 @@ class TokenPolicy:
         lengths = real.sum(1)
         packed = Packed(lengths, inputs.sum(1), rollout.group, common)
         hidden = self.model.packed(torch.cat(ids), positions, packed, packed.asking)  # ends of prompts, completions
-        source = rollout.group[:, None].expand(rollout.actions.shape).clone()  # which of them predicts which token
-        source[:, 1:][inputs] = torch.arange(len(lengths), len(hidden), device=real.device)
+        hidden = torch.cat([packed.rows.repeat(hidden[: len(lengths)]), hidden[len(lengths) :]])
+        source = torch.arange(len(inputs), device=real.device)[:, None].repeat(1, rollout.actions.shape[1])
+        source[:, 1:][inputs] = torch.arange(len(inputs), len(hidden), device=real.device)  # who predicts which token
         return hidden.index_select(0, source[rollout.mask])
 
     def shared_hidden(self, rollout: Rollout) -> torch.Tensor:
         """The same from padded rows: each prompt once, then its rows against its cache."""
         cache = self.model.new_cache()
         hidden, key_mask = self.prefill(rollout, cache)
-        hidden = hidden[rollout.group, None]
+        hidden = Shared(len(hidden), rollout.group).repeat(hidden)[:, None]
         if rollout.actions.shape[1] > 1:
             cache.share(rollout.group, key_mask=key_mask)
             rest = self.model(rollout.actions[:, :-1], self.completion_positions(rollout), cache)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from test_oracle_sampler import sample
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import policy as policies
 from attention import Packed
@@ -101,7 +102,11 @@ def test_the_scorer_computes_each_prompt_once_and_no_padding(ragged, checkpointi
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("rows", [range(12), [0, 1, 2, 3, 4, 11], [7]], ids=["even groups", "uneven groups", "one row"])
+@pytest.mark.parametrize(
+    "rows",
+    [range(12), [0, 1, 2, 3, 4, 11], [7], [11, 0, 4, 3]],
+    ids=["even groups", "uneven groups", "one row", "in another order"],
+)
 def test_packed_gradients_are_those_of_padded_rows(ragged, rows, checkpointing):
     policy, rollout = ragged
     part = rollout.select(torch.tensor(list(rows)))
@@ -114,6 +119,35 @@ def test_packed_gradients_are_those_of_padded_rows(ragged, rows, checkpointing):
         gradients.append([weight.grad.clone() for weight in policy.model.parameters()])
     for packed, joined in zip(*gradients, strict=True):
         torch.testing.assert_close(packed, joined, rtol=0, atol=2e-5 * joined.abs().max().item())
+
+
+class SeesAdditionsByIndex(TorchDispatchMode):
+    """Keeps the index of what is added up by index, as the backward pass of a selection is."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        if any(name in str(function) for name in ("index_add", "scatter_add", "index_put")):
+            index = arguments[1][0] if isinstance(arguments[1], (list, tuple)) else arguments[2]
+            self.kept.append((str(function), index))
+        return function(*arguments, **(named or {}))
+
+
+@pytest.mark.parametrize("layout", ["packed", "shared"])
+@pytest.mark.parametrize("rows", [range(12), [0, 1, 2, 3, 4, 11]], ids=["even groups", "uneven groups"])
+def test_no_two_rows_are_added_up_by_index_in_the_backward_pass(ragged, rows, layout):
+    """On a GPU that is done in another order every time."""
+    policy, rollout = ragged
+    part = rollout.select(torch.tensor(list(rows)))
+    loss = policy.log_probs(part, layout=layout)[0].sum()
+    with SeesAdditionsByIndex() as seen:
+        loss.backward()
+    assert seen.kept or layout == "shared"
+    for name, index in seen.kept:
+        if index.dim() == 1:
+            assert len(index.unique()) == len(index), name
 
 
 def test_entropy_is_computed_only_where_it_is_asked_for(ragged, monkeypatch):
