@@ -489,7 +489,7 @@ def update(
         losses.append(sums.pop("loss"))
         if not math.isfinite(losses[-1]):
             raise NotFinite(f"the loss is {losses[-1]}", sum(ranks.gather(bad), []))
-        norms.append(runs.descend(optimizer, config.clip_grad_norm, rollout.records(rollout.mask.any(1))))
+        norms.append(runs.descend(optimizer, config.clip_grad_norm, rollout))
         all_sums.update(sums)
         all_peaks = {name: max(value, all_peaks.get(name, 0.0)) for name, value in peaks.items()}
     tokens = max(1, all_sums.pop("tokens"))  # none where all rows are truncated, and masked
@@ -533,7 +533,7 @@ def backward(
             sums[name] += value.item()
         if not loss.isfinite():
             strange = ~torch.where(part.mask, logp, 0.0).isfinite().all(1)
-            bad += part.records(strange if strange.any() else ~strange)
+            bad += part.records(strange if strange.any() else None)
     return old_logp, sums, peaks, bad
 
 

@@ -48,9 +48,10 @@ class Rollout:
             questions=[self.questions[prompt] for prompt in prompts.tolist() if self.questions],
         )
 
-    def records(self, chosen: torch.Tensor) -> list[dict]:
-        """Question and completion of chosen rows (B,) bool, as samples.jsonl keeps them."""
-        rows, groups, questions = chosen.nonzero()[:, 0].tolist(), self.group.tolist(), dict(enumerate(self.questions))
+    def records(self, chosen: torch.Tensor | None = None) -> list[dict]:
+        """Question and completion of all rows, or of chosen ones (B,) bool, as samples.jsonl keeps them."""
+        rows = range(len(self.texts)) if chosen is None else chosen.nonzero()[:, 0].tolist()
+        groups, questions = self.group.tolist(), dict(enumerate(self.questions))
         return [{"question": questions.get(groups[row]), "completion": self.texts[row]} for row in rows]
 
     def to(self, device: torch.device) -> "Rollout":

@@ -316,7 +316,7 @@ class Run:
             self.say(f"out of memory: from here on --micro-batch-tokens {tokens}", file=sys.stderr)
 
     def keep_best(self, write: Callable) -> None:
-        """Write the best checkpoint; where that fails the next validation's takes its place."""
+        """Write the best checkpoint; where that fails the one before it, whose files are there, stays the best."""
 
         def attempt() -> str | None:
             try:
@@ -326,10 +326,8 @@ class Run:
 
         failed, *_ = ranks.every(attempt)
         if failed:
-            position, before = self.position, self.settled
-            position.best_step, position.best_score = before.best_step, before.best_score
-            if before.best_step is None:  # the first one: take whatever comes next
-                position.best_step = 0
+            before = self.settled  # without a best step before the first: whatever comes next is taken then
+            self.position.best_step, self.position.best_score = before.best_step or 0, before.best_score
             self.say(f"warning: the best checkpoint is not saved: {failed}", file=sys.stderr)
 
     def is_due(self, step: int, every: int) -> bool:
@@ -424,15 +422,15 @@ def adamw(model, weight_decay: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
 
 
-def descend(optimizer: torch.optim.Optimizer, largest: float, rows: list[dict]) -> float:
-    """Take an optimizer step along the clipped gradient of some rows, clear it, and return its norm before clipping.
+def descend(optimizer: torch.optim.Optimizer, largest: float, rollout) -> float:
+    """Take an optimizer step along the clipped gradient of a rollout, clear it, and return its norm before clipping.
 
     Raises NotFinite, before the optimizer moves, if that is no number.
     """
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     norm = ranks.full(torch.nn.utils.clip_grad_norm_(weights, largest)).item()
     if not math.isfinite(norm):
-        raise NotFinite(f"the norm of the gradient is {norm}", sum(ranks.gather(rows), []))
+        raise NotFinite(f"the norm of the gradient is {norm}", sum(ranks.gather(rollout.records()), []))
     optimizer.step()
     optimizer.zero_grad()
     return norm

@@ -101,11 +101,11 @@ def train_step(run: SFTRun, step: int) -> dict[str, float]:
     with run.unbroken(), out_of_memory("--micro-batch-tokens"):
         tokens = ranks.total({"tokens": count_tokens(batch, copies)})["tokens"]
         loss = run.within_memory(functools.partial(cross_entropy, tokens=tokens), run.policy, batch, copies)
-        loss, rows_of_step = ranks.total({"loss": loss})["loss"], batch.records(batch.mask.any(1))
+        loss = ranks.total({"loss": loss})["loss"]
         ranks.add_gradients(list(run.policy.model.parameters()))
         if not math.isfinite(loss):
-            raise NotFinite(f"the loss is {loss}", sum(ranks.gather(rows_of_step), []))
-        norm = runs.descend(run.optimizer, config.clip_grad_norm, rows_of_step)
+            raise NotFinite(f"the loss is {loss}", sum(ranks.gather(batch.records()), []))
+        norm = runs.descend(run.optimizer, config.clip_grad_norm, batch)
         speed = tokens / (time.perf_counter() - start)
         return run.record({"loss": loss, "grad_norm": norm, "tokens_per_second": speed, "learning_rate": rate})
 

@@ -32,6 +32,12 @@ PLAIN = Algorithm(surrogate="reinforce", beta=0.0)
 # advantage, ratio, surrogate, epsilon, epsilon_high, aggregate, beta, kl_estimator, max_resample, overlong_buffer, s,
 # combine, k, cap, anchor, off_policy_limit, mask_truncated
 OFF = ("sum", 4, 0.0, 0.0, 0.0, False)
+
+
+def anchored(anchor: float) -> tuple:
+    return (*OFF[:3], anchor, *OFF[4:])
+
+
 TABLE = {
     "grpo": ("group", "token", "clip", 0.2, 0.2, "sequence_mean", 0.04, "k3", 0, 0.0, 2.0, *OFF),
     "dr_grpo": ("centered", "token", "clip", 0.2, 0.2, "constant", 0.0, "k3", 0, 0.0, 2.0, *OFF),
@@ -44,65 +50,11 @@ TABLE = {
     "sapo": ("group", "token", "sapo", 0.2, 0.2, "sequence_mean", 0.0, "k3", 0, 0.0, 2.0, *OFF),
     "gmpo": ("group", "token", "geometric", 0.4, 0.4, "sequence_mean", 0.0, "k3", 0, 0.0, 2.0, *OFF),
     "dppo": ("group", "token", "dppo", 0.15, 0.15, "token_mean", 0.0, "k3", 0, 0.0, 2.0, *OFF),
-    "prime": (
-        "centered",
-        "token",
-        "dppo",
-        0.2,
-        0.2,
-        "token_mean",
-        0.0,
-        "k3",
-        0,
-        0.0,
-        2.0,
-        "sum",
-        4,
-        0.0,
-        2e-3,
-        0.0,
-        False,
-    ),
-    "kimi": (
-        "centered",
-        "token",
-        "reinforce",
-        0.2,
-        0.2,
-        "token_mean",
-        0.0,
-        "k3",
-        0,
-        0.0,
-        2.0,
-        "sum",
-        4,
-        0.0,
-        0.2,
-        0.0,
-        False,
-    ),
+    "prime": ("centered", "token", "dppo", 0.2, 0.2, "token_mean", 0.0, "k3", 0, 0.0, 2.0, *anchored(2e-3)),
+    "kimi": ("centered", "token", "reinforce", 0.2, 0.2, "token_mean", 0.0, "k3", 0, 0.0, 2.0, *anchored(0.2)),
     "maxrl": ("max_rl", "token", "clip", 0.2, 0.2, "constant", 0.0, "k3", 0, 0.0, 2.0, *OFF),
     "passk": ("max_at_k", "token", "clip", 0.2, 0.2, "constant", 0.0, "k3", 0, 0.0, 2.0, *OFF),
-    "gdpo": (
-        "batch_std",
-        "token",
-        "clip",
-        0.2,
-        0.2,
-        "sequence_mean",
-        0.0,
-        "k3",
-        0,
-        0.0,
-        2.0,
-        "each",
-        4,
-        0.0,
-        0.0,
-        0.0,
-        False,
-    ),
+    "gdpo": ("batch_std", "token", "clip", 0.2, 0.2, "sequence_mean", 0.0, "k3", 0, 0.0, 2.0, "each", *OFF[1:]),
 }
 
 

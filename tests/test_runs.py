@@ -388,7 +388,9 @@ def take(run: runs.Run, step: int) -> dict[str, float]:
     run.optimizer.param_groups[0]["lr"] = 0.1
     loss = run.policy.model.weight.sum()
     loss.backward()
-    return run.record({"loss": loss.item(), "grad_norm": runs.descend(run.optimizer, 1.0, [])})
+    return run.record(
+        {"loss": loss.item(), "grad_norm": runs.descend(run.optimizer, 1.0, SimpleNamespace(records=list))}
+    )
 
 
 def test_the_loop_saves_where_it_should_and_ends_with_the_last_step(tmp_path):
@@ -448,7 +450,7 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_in_the_end_too_many(tm
         if step == 2:  # after a good one, which starts the count again
             return take(run, step)
         run.policy.model.weight.grad = torch.full((1, 1), math.nan)
-        runs.descend(run.optimizer, 1.0, [])
+        runs.descend(run.optimizer, 1.0, SimpleNamespace(records=list))
 
     run = tiny_run(tmp_path / "a", max_bad_steps=2)
     kept = []
