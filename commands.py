@@ -294,9 +294,9 @@ def run_main(main: Callable[[], int | None], resumable: bool = False) -> None:
         if hasattr(signal, "SIGUSR1"):  # by which a run saves; while none is under way it does nothing
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     keep_memory()
-    status = 2
+    message, status = "", 2
     try:
-        sys.exit(main())
+        status = main()
     except UserError as error:
         message = str(error)  # it may quote a completion
     except FloatingPointError as error:
@@ -307,5 +307,14 @@ def run_main(main: Callable[[], int | None], resumable: bool = False) -> None:
         number, told = (*error.args, *(signal.SIGINT, "interrupted")[len(error.args) :])
         message = f"{told}; continue with: {continue_command()}" if resumable else told
         status = 128 + number
-    print(f"{Path(sys.argv[0]).name}: error: {printable(' '.join(message.split()))}", file=sys.stderr)
+    finally:  # in what follows, a signal would be a traceback
+        end_by_signals(signal.SIG_IGN)
+    if message:
+        print(f"{Path(sys.argv[0]).name}: error: {printable(' '.join(message.split()))}", file=sys.stderr)
+    end_by_signals(signal.SIG_DFL)
     sys.exit(status)
+
+
+def end_by_signals(how) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, how)

@@ -4,10 +4,12 @@ Each rank samples and scores whole groups of its own; a sum over all ranks makes
 Each holds the whole model or, after `shard`, its part of it. Alone, every function here gives back what it was given.
 """
 
+import atexit
 import contextlib
 import errno
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 
@@ -39,6 +41,7 @@ def begin(seconds: float = 1800.0) -> None:
             store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), WORLD, is_master=False)
             meet = {"store": dist.PrefixStore(f"attempt {RESTARTS}", store), "rank": RANK, "world_size": WORLD}
         dist.init_process_group(backend, timeout=timedelta(0, seconds), **meet)
+        atexit.register(time.sleep, 0.2)  # while gloo's threads drop their last tensors: without Python they abort
         if not FIRST:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
 

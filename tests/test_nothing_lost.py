@@ -193,6 +193,21 @@ def test_a_second_signal_stops_at_once_and_leaves_what_was_saved(base, whole, tm
     assert continued(base, tmp_path / "run") == bench_faults.outcome(whole)
 
 
+@pytest.mark.parametrize(("main", "line"), [("raise UserError('no')", "error: no"), ("return None", "")])
+def test_a_signal_while_the_process_ends_is_no_traceback(main, line):
+    """As torchrun sends it to a rank that is about to say why it ends."""
+    text = f"""
+import atexit, os, signal, time
+from commands import UserError, run_main
+atexit.register(lambda: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(1)))
+def main():
+    {main}
+run_main(main, resumable=True)
+"""
+    ended = subprocess.run([sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert line in ended.stderr and "Traceback" not in ended.stderr and ended.returncode == -signal.SIGTERM
+
+
 def test_sigusr1_saves_and_the_run_goes_on(base, whole, tmp_path):
     process = start(base, tmp_path / "run", "--save-every", "100")
     wait_for(process, tmp_path / "run", 4)

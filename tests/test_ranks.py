@@ -34,7 +34,7 @@ from grpo import ALGORITHMS, GRPOConfig
 from policy import TokenPolicy
 
 ROOT = Path(grpo.__file__).parent
-SHARDED = ("grpo", "dapo", "pairwise", "checkpointed")  # steps that are taken with sharded weights, too
+SHARDED = (*ALGORITHMS, "batch_std", "batch_mean", "checkpointed")  # steps that are taken with sharded weights, too
 
 
 def uneven(prompts, completions, completion_ids, **_) -> list[float | None]:
