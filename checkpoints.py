@@ -325,7 +325,7 @@ class Plan:
     def peak(self) -> float:
         """Bytes at the larger of the two moments: sampling, and update (gradients, activations, logits)."""
         size = {name: number for name, (number, _) in self.parts.items()}
-        kept = size["process"] + size["weights"] + size["optimizer"] + size["reference"]
+        kept = size["process"] + size["weights"] + size["optimizer"] + size["reference"] + size["samplers"]
         return kept + max(size["sampling"], size["gradients"] + size["activations"] + size["logits"])
 
     def table(self) -> str:
@@ -344,8 +344,8 @@ def plan(
 ) -> Plan:
     """The memory and work of a step of `rows` completions of `prompts` prompts, at full length.
 
-    All prompts begin with the same `common` tokens. `settings`: micro_batch_tokens, inner_updates, reference (how many
-    frozen copies), device. Counted is what a packed
+    All prompts begin with the same `common` tokens. `settings`: micro_batch_tokens, inner_updates, reference and
+    samplers (how many frozen copies), device. Counted is what a packed
     Llama keeps for the backward pass of its largest micro-batch: seven vectors of the hidden size and four of the
     intermediate size for each token and layer, and the padded queries, keys, values and scores of its attention.
     """
@@ -381,6 +381,7 @@ def plan(
         "weights": (4 * weights, "a smaller --model"),
         "optimizer": (8 * weights, "a smaller --model"),
         "reference": (copy * settings["reference"], "--dtype bfloat16, or --beta 0"),
+        "samplers": (4 * weights * settings.get("samplers", 0), "a smaller --rollout-lag"),
         "sampling": (cache + decoding, "--batch-size, --num-generations or --max-new-tokens"),
         "gradients": ((6 if low else 4) * weights, "a smaller --model"),  # bfloat16: with autocast's copies
         "activations": (kept + 3 * tokens * inner * size, "--gradient-checkpointing, then --micro-batch-tokens"),
@@ -433,5 +434,6 @@ def dry_run(config) -> str:
         policy, config.batch_size * config.num_generations, config.batch_size, max(map(len, encoded)), width,
         common, micro_batch_tokens=config.micro_batch_tokens, inner_updates=config.num_inner_updates,
         reference=(row.beta > 0) + copied, device=choose_device(config.device),
+        samplers=config.rollout_lag + 1 if config.rollout_lag or config.sampler_dtype else 0,
     )  # fmt: skip
     return estimate.table()

@@ -50,8 +50,9 @@ def page(run, mathematics: ModuleType) -> str:
     logp = old_logp.clone().requires_grad_()
     mask = mathematics.loss_mask(rollout, algorithm)
     whole = max(1, mathematics.loss_denominator(mask, algorithm.aggregate, config.max_new_tokens))
+    chosen = mathematics.high_entropy_tokens(policy, rollout, algorithm, config.micro_batch_tokens)
     loss, _ = mathematics.policy_loss(
-        logp, old_logp, advantages.flatten(), mask, algorithm, ref_logp, denominator=whole
+        logp, old_logp, advantages.flatten(), mask, algorithm, ref_logp, denominator=whole, weight=chosen
     )
     (pull,) = torch.autograd.grad(-loss, logp)
 

@@ -15,7 +15,8 @@ Deviations from the paper: (a) rewards come from rules, no reward model is learn
 the start and stays, unless --ref-update-every asks for the paper's outer iterations; (c) a group of equal rewards has
 advantage exactly 0, not 0 divided by an epsilon; (d) the learning rate is constant after a warm-up.
 
-The other algorithms (Dr. GRPO, DAPO, GSPO, CISPO, RLOO, ...) are rows of `ALGORITHMS`: same steps, other cells.
+The other algorithms (Dr. GRPO, DAPO, GSPO, CISPO, RLOO, ...) are rows of the table in algorithms.py: same steps, other
+cells.
 
 Shapes: P prompts, G completions each, B = P * G rows in prompt-major order (row p * G + g), T completion tokens.
 Rewards and advantages are (P, G) until the loss; log-probabilities are (B, T), masked where a row has ended.
@@ -27,11 +28,12 @@ import math
 import statistics
 import sys
 import time
-from collections import Counter
-from dataclasses import dataclass, fields
+from collections import Counter, deque
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 
 import commands
@@ -40,6 +42,7 @@ import ranks
 import runs
 import sft
 import states
+from algorithms import ALGORITHMS, Algorithm
 from checkpoints import choose_device, dry_run, introduce, is_toy, load, open_policy, save
 from commands import NotFinite, UserError, option, out_of_memory
 from inference import evaluate_run, make_scorer, measure_rollout, report, show_number
@@ -134,7 +137,7 @@ def row_mean(per_token: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return (per_token.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)).expand_as(per_token)
 
 
-def surrogate(log_ratio, advantage, logp, mask, algorithm: "Algorithm") -> torch.Tensor:
+def surrogate(log_ratio, advantage, logp, mask, algorithm: Algorithm) -> torch.Tensor:
     """The loss per token (B, T) without its other terms, of log-ratios (B, T) and advantage (B, 1): what is descended.
 
     At ratio 1, the first inner update, the gradient of each is that of `reinforce`.
@@ -169,15 +172,15 @@ def loss_denominator(mask: torch.Tensor, aggregate: str, max_new_tokens: int) ->
 
 
 def policy_loss(
-    logp: torch.Tensor, old_logp: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, algorithm: "Algorithm",
-    ref_logp: torch.Tensor | None = None, denominator: float | None = None,
+    logp: torch.Tensor, old_logp: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, algorithm: Algorithm,
+    ref_logp: torch.Tensor | None = None, denominator: float | None = None, weight: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # fmt: skip
     """The loss, a scalar, and `loss_metrics` (DeepSeekMath, eq. 3; the cells say what differs).
 
     logp, old_logp, ref_logp (B, T) are log-probabilities of the sampled tokens under the policy, the policy that the
     first inner update started from, and the reference; advantages (B,); mask (B, T) bool. What stands at padding
     changes nothing. `denominator` is `loss_denominator` of the whole optimizer step; without one these rows, of width
-    T, are taken to be all.
+    T, are taken to be all. `weight` (B, T) multiplies the surrogate, and no other term.
     """
     # Masked before exp: whatever stands at padding must not become inf * 0 = NaN.
     log_ratio = torch.where(mask, logp - old_logp, 0.0)
@@ -189,8 +192,12 @@ def policy_loss(
     if algorithm.off_policy_limit:  # rows to be made rarer that are so already (DeepSeek-V3.2, arXiv 2512.02556)
         near = -row_mean(token_log_ratio.detach(), mask) <= algorithm.off_policy_limit
         per_token = torch.where(near | (advantage >= 0), per_token, 0.0)
+    if weight is not None:
+        per_token = per_token * weight
     if algorithm.anchor:  # a pull towards the old policy (Kimi K2, arXiv 2507.20534)
         per_token = per_token + algorithm.anchor / 2 * token_log_ratio.square()
+    if algorithm.entropy_bonus:  # logp^2 / 2 has on-policy the expected gradient of minus the entropy of each token
+        per_token = per_token + algorithm.entropy_bonus * kl_penalty(logp, torch.zeros_like(logp), "k2")
     if ref_logp is not None:
         ref_logp = torch.where(mask, ref_logp, 0.0)
         kl = kl_penalty(logp, ref_logp, algorithm.kl_estimator, log_ratio.exp())
@@ -203,96 +210,20 @@ def policy_loss(
     return per_row.sum() / denominator, loss_metrics(logp, ref_logp, log_ratio, advantage, mask, algorithm)
 
 
-@dataclass(frozen=True)
-class Algorithm:
-    """One row of the table of algorithms; every cell is a flag too. Raises UserError for an unknown value."""
+def correction_weight(log_rho: torch.Tensor, mask: torch.Tensor, algorithm: Algorithm) -> torch.Tensor:
+    """Importance weights rho (B, T) of tokens that another policy sampled: an older one, or a cheaper copy.
 
-    advantage: Literal[
-        "group", "batch_std", "centered", "batch_mean", "leave_one_out", "max_rl", "max_at_k", "pairwise"
-    ] = option("group", "What is taken from a reward, and what it is divided by.", "algorithm")
-    ratio: Literal["token", "sequence"] = option("token", "The ratio of each token, or of the row.", "algorithm")
-    surrogate: Literal["clip", "cispo", "sapo", "geometric", "dppo", "reinforce"] = option(
-        "clip", "What the ratio does to the loss.", "algorithm"
-    )
-    epsilon: float = option(0.2, "The ratio is clipped below 1 - epsilon.", "algorithm")
-    epsilon_high: float = option(0.2, "The ratio is clipped above 1 + this.", "algorithm")
-    aggregate: Literal["sequence_mean", "token_mean", "constant"] = option(
-        "sequence_mean", "Mean over each row's tokens, over all tokens, or over a constant length.", "algorithm"
-    )
-    beta: float = option(0.04, "Weight of the KL term; 0 loads no reference.", "algorithm")
-    kl_estimator: Literal["k1", "k2", "k3", "k3_unbiased"] = option("k3", "Of the KL term; k1 is refused.", "algorithm")
-    max_resample: int = option(0, "Flat groups give way to fresh prompts, at most so often a step.", "algorithm")
-    overlong_buffer: float = option(0.0, "Last share of the length, with a penalty down to -1.", "algorithm", at_most=1)
-    preference_strength: float = option(2.0, "Strength s of a pairwise preference.", "algorithm")
-    combine: Literal["sum", "each"] = option(
-        "sum", "Advantages of the sum of rewards, or a sum of each's.", "algorithm"
-    )
-    k: int = option(4, "How many are drawn of which max_at_k wants the best.", "algorithm", at_least=2)
-    cap: float = option(0.0, "The ratio is held below this where A < 0, too; 0 is off.", "algorithm")
-    anchor: float = option(0.0, "Weight of half the squared log-ratio, towards the old policy.", "algorithm")
-    off_policy_limit: float = option(
-        0.0, "Rows with A < 0 whose mean log-ratio is below minus this are dropped; 0 is off.", "algorithm"
-    )
-    mask_truncated: bool = option(False, "Leave truncated completions out of the loss.", "algorithm")
-
-    def __post_init__(self):
-        commands.check_settings(self)
-        if self.kl_estimator == "k1":
-            why = "the gradient of k1 is exactly 0 in expectation, so as a loss it is noise (it is logged as kl_k1)"
-            raise UserError(f"--kl-estimator: {why}; take k2, k3 or k3_unbiased")
-        if self.advantage == "pairwise" and (self.surrogate, self.aggregate) != ("reinforce", "sequence_mean"):
-            needs = "--surrogate reinforce --aggregate sequence_mean"
-            raise UserError(f"--advantage pairwise weighs mean log-probabilities; add {needs}")
-        if self.advantage == "max_rl" and self.overlong_buffer:
-            raise UserError("--advantage max_rl takes no reward below 0, and so no --overlong-buffer; set that to 0")
-        if self.surrogate in ("geometric", "dppo") and self.ratio == "sequence":
-            raise UserError(f"--surrogate {self.surrogate} bounds each token; take --ratio token")
-        if 0 < self.cap < 1 + self.epsilon_high:
-            raise UserError(f"--cap is {self.cap}; it must be 1 + --epsilon-high, {1 + self.epsilon_high}, or above")
-        if self.combine == "each" and self.advantage not in ("batch_std", "centered"):
-            raise UserError("--combine each has divided by stds; take --advantage batch_std or centered")
-
-    @property
-    def idle(self) -> dict[str, str]:
-        """Settings that this row does not read, and what it would take."""
-        idle = {}
-        if self.beta == 0:
-            idle |= dict.fromkeys(("kl_estimator", "kl_limit", "ref_update_every"), "a --beta above 0")
-        if self.surrogate == "reinforce":
-            idle["ratio"] = "a --surrogate that has one, such as clip"
-        if self.surrogate in ("sapo", "reinforce"):
-            idle |= dict.fromkeys(("epsilon", "epsilon_high"), "a --surrogate with bounds, such as clip")
-        if self.surrogate != "clip":
-            idle["cap"] = "--surrogate clip"
-        if self.advantage != "max_at_k":
-            idle["k"] = "--advantage max_at_k"
-        if self.advantage != "pairwise":
-            idle["preference_strength"] = "--advantage pairwise"
-        return idle
-
-    def __str__(self) -> str:
-        cells = {f.name.replace("_", " "): getattr(self, f.name) for f in fields(self) if f.name not in self.idle}
-        return ", ".join(f"{name} {value}" for name, value in cells.items())
-
-
-ALGORITHMS = {
-    "grpo": Algorithm(),
-    "dr_grpo": Algorithm(advantage="centered", aggregate="constant", beta=0.0),
-    "dapo": Algorithm(epsilon_high=0.28, aggregate="token_mean", beta=0.0, max_resample=3, overlong_buffer=0.2),
-    "gspo": Algorithm(ratio="sequence", epsilon=3e-4, epsilon_high=4e-4, beta=0.0),
-    "cispo": Algorithm(surrogate="cispo", epsilon=1.0, epsilon_high=4.0, aggregate="token_mean", beta=0.0),
-    "rloo": Algorithm(advantage="leave_one_out", aggregate="constant", beta=0.0),
-    "pairwise": Algorithm(advantage="pairwise", surrogate="reinforce", beta=0.0),
-    "luspo": Algorithm(ratio="sequence", epsilon=2e-3, epsilon_high=2.5e-3, aggregate="constant", beta=0.0),
-    "sapo": Algorithm(surrogate="sapo", beta=0.0),
-    "gmpo": Algorithm(surrogate="geometric", epsilon=0.4, epsilon_high=0.4, beta=0.0),
-    "dppo": Algorithm(surrogate="dppo", epsilon=0.15, epsilon_high=0.15, aggregate="token_mean", beta=0.0),
-    "prime": Algorithm(advantage="centered", surrogate="dppo", aggregate="token_mean", beta=0.0, anchor=2e-3),
-    "kimi": Algorithm(advantage="centered", surrogate="reinforce", aggregate="token_mean", beta=0.0, anchor=0.2),
-    "maxrl": Algorithm(advantage="max_rl", aggregate="constant", beta=0.0),
-    "passk": Algorithm(advantage="max_at_k", aggregate="constant", beta=0.0),
-    "gdpo": Algorithm(advantage="batch_std", beta=0.0, combine="each"),
-}
+    `log_rho` (B, T) is old_logp minus the sampler's log-probability. By `correction_level` rho is each token's, or the
+    product over the row, which alone makes the gradient unbiased, if it is not bounded; by `correction` it is held
+    below `correction_high` (truncated importance sampling, Ionides 2008), or 0 out of bounds (IcePop).
+    """
+    log_rho = torch.where(mask, log_rho, 0.0)
+    if algorithm.correction_level == "sequence":
+        log_rho = log_rho.sum(1, keepdim=True).expand_as(log_rho)
+    rho = log_rho.exp()
+    if algorithm.correction == "truncate":
+        return rho.clamp(max=algorithm.correction_high)
+    return torch.where((rho >= algorithm.correction_low) & (rho <= algorithm.correction_high), rho, 0.0)
 
 
 @torch.no_grad()
@@ -398,6 +329,7 @@ def train_step(run: "GRPORun", step: int) -> dict[str, float]:
         clock.append(time.perf_counter())
         if config.ref_update_every and step % config.ref_update_every == 0:
             run.reference.model.load_state_dict(policy.model.state_dict())
+        run.age_samplers()
         run.lower_micro_batch_tokens(metrics.pop("micro_batch_tokens"))
         return run.record(metrics | rates(rollout, metrics, config, clock))
 
@@ -408,7 +340,7 @@ def sample_groups(run: "GRPORun", examples: list[Example], key: tuple[int, int, 
     size, width = run.config.num_generations, run.config.max_new_tokens
 
     def sample() -> Rollout | None:
-        rollout = run.policy.sample(examples[start:end], size, key, width, first=start) if start < end else None
+        rollout = run.sampler.sample(examples[start:end], size, key, width, first=start) if start < end else None
         return rollout if rollout is None or ranks.WORLD == 1 else rollout.to("cpu")  # to be told to the others
 
     parts = [part.to(run.policy.device) for part in ranks.every(sample) if part is not None]
@@ -464,6 +396,22 @@ def loss_mask(rollout: Rollout, algorithm: Algorithm) -> torch.Tensor:
     return rollout.mask & ~rollout.truncated[:, None] if algorithm.mask_truncated else rollout.mask
 
 
+def high_entropy_tokens(
+    policy: Policy, rollout: Rollout, algorithm: Algorithm, token_budget: int
+) -> torch.Tensor | None:
+    """The tokens (B, T) of the loss with the highest entropy, a share `top_entropy` of all; None if that is all.
+
+    The policy is uncertain where it decides, and the rewards act there only (arXiv 2506.01939). One threshold for the
+    whole optimizer batch, that of all ranks.
+    """
+    if algorithm.top_entropy == 1:
+        return None
+    with ranks.whole(policy.model):
+        entropy = score_rollout(policy, rollout, token_budget, entropy=True)
+    everywhere = torch.cat(ranks.gather(entropy[loss_mask(rollout, algorithm)].cpu()))
+    return entropy >= np.quantile(everywhere.numpy(), 1 - algorithm.top_entropy)
+
+
 def update(
     policy: Policy, reference: Policy | None, optimizer: torch.optim.Optimizer, rollout: Rollout,
     advantages: torch.Tensor, ref_logp: torch.Tensor | None, config: "GRPOConfig",
@@ -476,13 +424,14 @@ def update(
     algorithm, order, budget = config.resolved_algorithm, advantages, config.micro_batch_tokens
     rows = loss_denominator(loss_mask(rollout, algorithm), algorithm.aggregate, config.max_new_tokens)
     denominator = max(1, ranks.total({"rows": rows})["rows"])
+    chosen, budget = runs.within_memory(high_entropy_tokens, (policy, rollout, algorithm), budget, optimizer)
     start, losses, norms, all_sums, all_peaks = None, [], [], Counter(), {}
     for _ in range(config.num_inner_updates):
         if algorithm.advantage == "pairwise":  # which follows the policy as it is now
             with ranks.whole(policy.model):
                 mean_logp, budget = runs.within_memory(mean_log_probs, (policy, rollout), budget, optimizer)
             advantages = pairwise_of_all(order, mean_logp, algorithm.preference_strength)
-        given = (policy, reference, rollout, advantages, ref_logp, start, algorithm, denominator)
+        given = (policy, reference, rollout, advantages, ref_logp, start, chosen, algorithm, denominator)
         (start, sums, peaks, bad), budget = runs.within_memory(backward, given, budget, optimizer)
         ranks.add_gradients(list(policy.model.parameters()))
         sums, peaks = ranks.total(sums), ranks.largest(peaks)
@@ -500,12 +449,14 @@ def update(
 
 def backward(
     policy: Policy, reference: Policy | None, rollout: Rollout, advantages: torch.Tensor, ref_logp: torch.Tensor | None,
-    start_logp: torch.Tensor | None, algorithm: Algorithm, denominator: float, token_budget: int,
+    start_logp: torch.Tensor | None, chosen: torch.Tensor | None, algorithm: Algorithm, denominator: float,
+    token_budget: int,
 ) -> tuple[torch.Tensor, dict[str, float], dict[str, float], list[dict]]:  # fmt: skip
     """Add up the gradient of the loss over a rollout, in micro-batches of at most `token_budget` tokens.
 
     Returns the log-probabilities (B, T) that the ratios start from, sums, largest values, and the rows whose loss is
-    not finite. Without `start_logp` they are the policy's own, so that the ratio is exactly 1.
+    not finite. Without `start_logp` they are the policy's own, so that the ratio is exactly 1. Rewards act on `chosen`
+    tokens (B, T), or on all.
     """
     old_logp, sums, peaks, bad = start_logp, Counter(), {"ratio_max": 0.0, "sampler_gap": 0.0}, []
     batches = micro_batches(rollout, token_budget, policy.layout)
@@ -521,9 +472,16 @@ def backward(
         old, ref = old_logp[rows, :width], None if ref_logp is None else ref_logp[rows, :width]
         advantage = advantages.flatten()[rows]  # row p * G + g
         mask = loss_mask(part, algorithm)
-        loss, stats = policy_loss(logp, old, advantage, mask, algorithm, ref, denominator)
+        weight = None if chosen is None else chosen[rows, :width].to(logp.dtype)
+        if algorithm.correction != "none":
+            rho = correction_weight(old - part.sampler_logp, part.mask, algorithm)
+            weight = rho if weight is None else weight * rho
+        loss, stats = policy_loss(logp, old, advantage, mask, algorithm, ref, denominator, weight)
         loss.backward()
         stats |= {"loss": loss, "entropy": entropy[mask].sum(), "sampler_gap": (part.sampler_logp - old).abs().max()}
+        stats["sampler_kl"] = (part.sampler_logp - old)[mask].sum()
+        if weight is not None:
+            stats["weight"] = weight[mask].sum()
         exact_kl = policy.exact_kl(reference, part) if reference else None
         if exact_kl is not None:  # of a Gaussian policy
             stats["kl"] = exact_kl.sum()
@@ -582,11 +540,25 @@ class GRPORun(Run):
     data: dict[str, list[Example]]  # by split
     rewards: Rewards
     reference: Policy | None
+    samplers: deque[Policy] = field(
+        default_factory=deque
+    )  # the policy of the last steps, oldest first; none where it samples itself
 
     @property
     def models(self) -> dict:
-        """With the reference where steps change it."""
-        return super().models | ({"reference": self.reference.model} if self.config.ref_update_every else {})
+        """With the reference, where steps change it, and with what samples."""
+        models = super().models | {f"sampler_{i}": sampler.model for i, sampler in enumerate(self.samplers)}
+        return models | ({"reference": self.reference.model} if self.config.ref_update_every else {})
+
+    @property
+    def sampler(self) -> Policy:
+        return self.samplers[0] if self.samplers else self.policy
+
+    def age_samplers(self) -> None:
+        """The oldest of them gives way to the policy as it is after a step."""
+        if self.samplers:
+            self.samplers.rotate(-1)
+            self.samplers[-1].model.load_state_dict(self.policy.model.state_dict())
 
     @property
     def scored_task(self) -> Task:
@@ -682,6 +654,12 @@ class GRPOConfig(commands.optional_fields(Algorithm, "Default: the algorithm's."
     exploration_noise: float | None = option(
         None, "Share of uniform noise in the policy; an autoencoder's sigma. Default: 0, and 0.5.", "sampling"
     )
+    rollout_lag: int = option(
+        0, "Rollouts are of the policy so many steps ago, as in asynchronous training.", "sampling"
+    )
+    sampler_dtype: Literal["float32", "bfloat16"] | None = option(
+        None, "Of the sampler's matrix products. Default: --dtype.", "sampling"
+    )
     max_new_tokens: int | None = option(None, "Longest completion. Default: the task's.", "sampling", above_zero=True)
     steps: int = option(40, "Steps; one step is one rollout.", "how long", above_zero=True)
     eval_limit: int | None = option(
@@ -705,6 +683,10 @@ class GRPOConfig(commands.optional_fields(Algorithm, "Default: the algorithm's."
             raise UserError("--exploration-noise is the autoencoder's standard deviation; it must be above 0")
         if self.policy == "transformer" and (self.exploration_noise or 0.0) >= 1:
             raise UserError(f"--exploration-noise is {self.exploration_noise}, a share; it must be below 1")
+        if self.shard and (self.rollout_lag or self.sampler_dtype):
+            raise UserError("--rollout-lag and --sampler-dtype keep whole copies of the policy; leave out --shard")
+        if self.policy == "autoencoder" and self.sampler_dtype:
+            raise UserError("--sampler-dtype is for transformers, an autoencoder is small; leave it out")
         for name, needed in row.idle.items():
             if getattr(self, name) is not None:
                 raise UserError(f"{commands.flag_of(name)} does nothing without {needed}; leave it out, or give both")
@@ -747,7 +729,7 @@ def prepare(config: GRPOConfig) -> GRPORun:
         ranks.shard(policy.model)
     run = GRPORun(
         config=config, policy=policy, optimizer=runs.adamw(policy.model, weight_decay=0.0), last_step=config.steps,
-        task=task, data=data, rewards=rewards, reference=reference,
+        task=task, data=data, rewards=rewards, reference=reference, samplers=copies_to_sample(policy, config),
     )  # fmt: skip
     if not config.trace:
         states.pin(config, **pins | {"model": states.digest_of(policy.model)})
@@ -757,6 +739,15 @@ def prepare(config: GRPOConfig) -> GRPORun:
         before = evaluate_run(run, policy, "held_out", samples=4)
         ranks.first(commands.write_json, out / "evaluation.json", {"base": {"step": 0, **before}})
     return run
+
+
+def copies_to_sample(policy: Policy, config: GRPOConfig) -> deque[Policy]:
+    """The frozen copies of a policy that sample in its place: one, and one more for each step of --rollout-lag."""
+    source = copy.copy(policy)
+    source.dtype = getattr(torch, config.sampler_dtype) if config.sampler_dtype else policy.dtype
+    if not config.rollout_lag and source.dtype == policy.dtype:
+        return deque()
+    return deque(frozen(source) for _ in range(config.rollout_lag + 1))
 
 
 def checked(config: GRPOConfig, task: Task) -> tuple[GRPOConfig, Policy | None, dict, Rewards, dict[str, str]]:

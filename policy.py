@@ -416,15 +416,18 @@ def frozen(policy: Policy) -> Policy:
     return reference
 
 
-def score_rollout(policy: Policy, rollout: Rollout, token_budget: int) -> torch.Tensor:
-    """Log-probabilities (B, T) of a rollout under the policy as it is now, without gradient, in micro-batches."""
+def score_rollout(policy: Policy, rollout: Rollout, token_budget: int, entropy: bool = False) -> torch.Tensor:
+    """Log-probabilities (B, T) of a rollout under the policy as it is now, or entropies, without gradient.
+
+    In micro-batches of at most `token_budget` tokens.
+    """
     dtype = torch.promote_types(next(policy.model.parameters()).dtype, torch.float32)
-    logp = torch.zeros(rollout.mask.shape, dtype=dtype, device=policy.device)
+    scores = torch.zeros(rollout.mask.shape, dtype=dtype, device=policy.device)
     with torch.no_grad():
         for rows in micro_batches(rollout, token_budget, policy.layout):
             part = rollout.select(rows)
-            logp[rows, : part.mask.shape[1]] = policy.log_probs(part, entropy=False)[0]
-    return logp
+            scores[rows, : part.mask.shape[1]] = policy.log_probs(part, entropy)[entropy]
+    return scores
 
 
 def mean_log_probs(policy: Policy, rollout: Rollout, token_budget: int) -> torch.Tensor:

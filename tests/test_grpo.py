@@ -537,12 +537,14 @@ def test_a_run_begins_with_what_it_will_do(base, tmp_path, small_task, capsys, m
 
 def test_a_row_shows_what_it_reads():
     assert str(ALGORITHMS["pairwise"]) == (
-        "advantage pairwise, surrogate reinforce, aggregate sequence_mean, beta 0.0, max resample 0, "
-        "overlong buffer 0.0, preference strength 2.0, combine sum, anchor 0.0, off policy limit 0.0, "
-        "mask truncated False"
+        "advantage pairwise, surrogate reinforce, aggregate sequence_mean, beta 0.0, preference strength 2.0"
     )
     assert "epsilon" not in str(ALGORITHMS["sapo"]) and "k 4" in str(ALGORITHMS["passk"])
     assert "max resample 3, overlong buffer 0.2" in str(ALGORITHMS["dapo"]) and "kl" not in str(ALGORITHMS["dapo"])
+    corrected = str(dataclasses.replace(ALGORITHMS["rloo"], correction="mask", top_entropy=0.2))
+    assert corrected.endswith(
+        "correction mask, correction level token, correction low 0.5, correction high 2.0, top entropy 0.2"
+    )
 
 
 def test_a_single_completion_is_enough_where_the_baseline_is_the_batchs(base, tmp_path, small_task):

@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = {  # file: its floor, the most lines it may have; the first drawing's number where it is another
     "grpo.py": (10, 830),  # 480
+    "algorithms.py": (1, 135),  # not drawn: the table of grpo.py, which had become 860 lines
     "explain.py": (7, 95),  # not drawn: what --trace shows
     "sft.py": (9, 247),  # 200
     "inference.py": (8, 436),  # 380
@@ -51,10 +52,10 @@ def test_a_file_and_its_functions_keep_to_their_size(name):
 
 
 def test_the_mathematics_is_one_page():
-    """From the first formula of grpo.py to the table of algorithms, with nothing else between."""
+    """From the first formula of grpo.py to the loss, with nothing else between."""
     tree = ast.parse((ROOT / "grpo.py").read_text(encoding="utf-8"))
     page = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
     names = [node.name for node in page]
-    last = names.index("Algorithm") - 1
-    assert {"group_advantages", "kl_penalty", "surrogate", "policy_loss"} <= set(names[: last + 1])
+    last = names.index("policy_loss")
+    assert {"group_advantages", "kl_penalty", "surrogate"} <= set(names[:last])
     assert page[last].end_lineno - page[0].lineno < 160

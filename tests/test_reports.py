@@ -548,7 +548,9 @@ EFFECTS = {
         "weights": "model=other dtype=bfloat16 num_inner_updates=1 learning_rate=0.02 warmup_steps=2 "
         "clip_grad_norm=0.001 algorithm=dapo advantage=leave_one_out ratio=sequence surrogate=cispo epsilon=0.01 "
         "epsilon_high=0.01 aggregate=constant beta=0.5 kl_estimator=k2 preference_strength=0.1 "
-        "combine=each k=3 cap=1.0001 anchor=5 off_policy_limit=1e-9 mask_truncated",
+        "combine=each k=3 cap=1.0001 anchor=5 off_policy_limit=1e-9 mask_truncated "
+        "rollout_lag=1 sampler_dtype=bfloat16 correction=truncate correction_level=sequence correction_low=0.999 "
+        "correction_high=1.001 top_entropy=0.5 entropy_bonus=0.1",
         "metrics": "task=odd_even data=file.json limit=3 seed=1 steps=1 batch_size=2 num_generations=4 "
         "max_resample=2 overlong_buffer=1 ref_update_every=1 temperature=2 exploration_noise=0.5 even_bonus=0.7 "
         "max_new_tokens=4 rewards=lucky=2 ideal_length=3 scorer=other eval_every=1 patience=1 kl_limit=1e-9 "
@@ -584,6 +586,9 @@ NEEDS = {
     "combine": "advantage=centered",
     "k": "algorithm=passk k=2",
     "cap": "epsilon_high=0",
+    "correction": "rollout_lag=1",
+    **dict.fromkeys(("correction_level", "correction_high"), "rollout_lag=1 correction=truncate"),
+    "correction_low": "rollout_lag=1 correction=mask",
     "mask_truncated": "max_new_tokens=3",
     "even_bonus": "model=twenty rewards=even_bonus=1",
     "ideal_length": "rewards=char_length=1",
@@ -701,7 +706,14 @@ def test_a_setting_has_an_effect(outcome, command, changed, setting):
 
 @pytest.mark.parametrize(
     "settings",
-    ["batch_size=9", "num_generations=9", "batch_size=2 num_generations=6", "max_new_tokens=9", "num_inner_updates=9"]
+    [
+        "rollout_lag=1",
+        "batch_size=9",
+        "num_generations=9",
+        "batch_size=2 num_generations=6",
+        "max_new_tokens=9",
+        "num_inner_updates=9",
+    ]
     + ["micro_batch_tokens=10", "gradient_checkpointing", "dtype=bfloat16", "beta=0", "model=base"]
     + ["rewards=perplexity=1 scorer=other", "shots=4"],
 )
@@ -710,7 +722,7 @@ def test_what_costs_memory_or_work_changes_the_plan(outcome, settings):
     # Without the process and the peak that holds it, which differ from one run to the next.
     texts = [re.sub("(?m)^(process|peak).*$", "", each["text"]) for each in (before, after)]
     numbers = [re.findall(r" ([0-9.]+) (?:GB  |tera)", text) for text in texts]
-    assert len(numbers[0]) == 8 and numbers[0] != numbers[1] and before["error"] is after["error"] is None
+    assert len(numbers[0]) == 9 and numbers[0] != numbers[1] and before["error"] is after["error"] is None
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -1,0 +1,128 @@
+"""The table of algorithms: the cells of a row, which of them go together, and the rows.
+
+What the cells do is in grpo.py, in `group_advantages`, `surrogate` and `policy_loss`.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import commands
+from commands import UserError, option
+
+OFF = (  # cells whose default is to do nothing, and which are shown where they do something
+    *("max_resample", "overlong_buffer", "combine", "cap", "anchor", "off_policy_limit", "mask_truncated"),
+    *("correction", "top_entropy", "entropy_bonus"),
+)
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """One row of the table of algorithms; every cell is a flag too. Raises UserError for an unknown value."""
+
+    advantage: Literal[
+        "group", "batch_std", "centered", "batch_mean", "leave_one_out", "max_rl", "max_at_k", "pairwise"
+    ] = option("group", "What is taken from a reward, and what it is divided by.", "algorithm")
+    ratio: Literal["token", "sequence"] = option("token", "The ratio of each token, or of the row.", "algorithm")
+    surrogate: Literal["clip", "cispo", "sapo", "geometric", "dppo", "reinforce"] = option(
+        "clip", "What the ratio does to the loss.", "algorithm"
+    )
+    epsilon: float = option(0.2, "The ratio is clipped below 1 - epsilon.", "algorithm")
+    epsilon_high: float = option(0.2, "The ratio is clipped above 1 + this.", "algorithm")
+    aggregate: Literal["sequence_mean", "token_mean", "constant"] = option(
+        "sequence_mean", "Mean over each row's tokens, over all tokens, or over a constant length.", "algorithm"
+    )
+    beta: float = option(0.04, "Weight of the KL term; 0 loads no reference.", "algorithm")
+    kl_estimator: Literal["k1", "k2", "k3", "k3_unbiased"] = option("k3", "Of the KL term; k1 is refused.", "algorithm")
+    max_resample: int = option(0, "Flat groups give way to fresh prompts, at most so often a step.", "algorithm")
+    overlong_buffer: float = option(0.0, "Last share of the length, with a penalty down to -1.", "algorithm", at_most=1)
+    preference_strength: float = option(2.0, "Strength s of a pairwise preference.", "algorithm")
+    combine: Literal["sum", "each"] = option(
+        "sum", "Advantages of the sum of rewards, or a sum of each's.", "algorithm"
+    )
+    k: int = option(4, "How many are drawn of which max_at_k wants the best.", "algorithm", at_least=2)
+    cap: float = option(0.0, "The ratio is held below this where A < 0, too; 0 is off.", "algorithm")
+    anchor: float = option(0.0, "Weight of half the squared log-ratio, towards the old policy.", "algorithm")
+    off_policy_limit: float = option(
+        0.0, "Rows with A < 0 whose mean log-ratio is below minus this are dropped; 0 is off.", "algorithm"
+    )
+    mask_truncated: bool = option(False, "Leave truncated completions out of the loss.", "algorithm")
+    correction: Literal["none", "truncate", "mask"] = option(
+        "none", "Weights for what another policy sampled: pi_old / sampler, at most so large, or 0 beyond.", "algorithm"
+    )
+    correction_level: Literal["token", "sequence"] = option("token", "The weight of each token, or row.", "algorithm")
+    correction_low: float = option(0.5, "Weights below this are masked.", "algorithm")
+    correction_high: float = option(2.0, "Weights above this are truncated, or masked.", "algorithm", above_zero=True)
+    top_entropy: float = option(
+        1.0,
+        "Share of the tokens, those of highest entropy, that rewards act on.",
+        "algorithm",
+        above_zero=True,
+        at_most=1,
+    )
+    entropy_bonus: float = option(0.0, "Weight of the policy's entropy in what is ascended.", "algorithm")
+
+    def __post_init__(self):
+        commands.check_settings(self)
+        if self.kl_estimator == "k1":
+            why = "the gradient of k1 is exactly 0 in expectation, so as a loss it is noise (it is logged as kl_k1)"
+            raise UserError(f"--kl-estimator: {why}; take k2, k3 or k3_unbiased")
+        if self.advantage == "pairwise" and (self.surrogate, self.aggregate) != ("reinforce", "sequence_mean"):
+            needs = "--surrogate reinforce --aggregate sequence_mean"
+            raise UserError(f"--advantage pairwise weighs mean log-probabilities; add {needs}")
+        if self.advantage == "max_rl" and self.overlong_buffer:
+            raise UserError("--advantage max_rl takes no reward below 0, and so no --overlong-buffer; set that to 0")
+        if self.surrogate in ("geometric", "dppo") and self.ratio == "sequence":
+            raise UserError(f"--surrogate {self.surrogate} bounds each token; take --ratio token")
+        if 0 < self.cap < 1 + self.epsilon_high:
+            raise UserError(f"--cap is {self.cap}; it must be 1 + --epsilon-high, {1 + self.epsilon_high}, or above")
+        if self.correction == "mask" and self.correction_low > self.correction_high:
+            raise UserError(f"--correction-low is {self.correction_low}, above --correction-high; swap them")
+        if self.combine == "each" and self.advantage not in ("batch_std", "centered"):
+            raise UserError("--combine each has divided by stds; take --advantage batch_std or centered")
+
+    @property
+    def idle(self) -> dict[str, str]:
+        """Settings that this row does not read, and what it would take."""
+        idle = {}
+        if self.beta == 0:
+            idle |= dict.fromkeys(("kl_estimator", "kl_limit", "ref_update_every"), "a --beta above 0")
+        if self.surrogate == "reinforce":
+            idle["ratio"] = "a --surrogate that has one, such as clip"
+        if self.surrogate in ("sapo", "reinforce"):
+            idle |= dict.fromkeys(("epsilon", "epsilon_high"), "a --surrogate with bounds, such as clip")
+        if self.surrogate != "clip":
+            idle["cap"] = "--surrogate clip"
+        if self.correction != "mask":
+            idle["correction_low"] = "--correction mask"
+        if self.correction == "none":
+            idle |= dict.fromkeys(("correction_level", "correction_high"), "a --correction")
+        if self.advantage != "max_at_k":
+            idle["k"] = "--advantage max_at_k"
+        if self.advantage != "pairwise":
+            idle["preference_strength"] = "--advantage pairwise"
+        return idle
+
+    def __str__(self) -> str:
+        hidden = {*self.idle, *(f.name for f in fields(self) if f.name in OFF and getattr(self, f.name) == f.default)}
+        shown = [f.name for f in fields(self) if f.name not in hidden]
+        return ", ".join(f"{name.replace('_', ' ')} {getattr(self, name)}" for name in shown)
+
+
+ALGORITHMS = {
+    "grpo": Algorithm(),
+    "dr_grpo": Algorithm(advantage="centered", aggregate="constant", beta=0.0),
+    "dapo": Algorithm(epsilon_high=0.28, aggregate="token_mean", beta=0.0, max_resample=3, overlong_buffer=0.2),
+    "gspo": Algorithm(ratio="sequence", epsilon=3e-4, epsilon_high=4e-4, beta=0.0),
+    "cispo": Algorithm(surrogate="cispo", epsilon=1.0, epsilon_high=4.0, aggregate="token_mean", beta=0.0),
+    "rloo": Algorithm(advantage="leave_one_out", aggregate="constant", beta=0.0),
+    "pairwise": Algorithm(advantage="pairwise", surrogate="reinforce", beta=0.0),
+    "luspo": Algorithm(ratio="sequence", epsilon=2e-3, epsilon_high=2.5e-3, aggregate="constant", beta=0.0),
+    "sapo": Algorithm(surrogate="sapo", beta=0.0),
+    "gmpo": Algorithm(surrogate="geometric", epsilon=0.4, epsilon_high=0.4, beta=0.0),
+    "dppo": Algorithm(surrogate="dppo", epsilon=0.15, epsilon_high=0.15, aggregate="token_mean", beta=0.0),
+    "prime": Algorithm(advantage="centered", surrogate="dppo", aggregate="token_mean", beta=0.0, anchor=2e-3),
+    "kimi": Algorithm(advantage="centered", surrogate="reinforce", aggregate="token_mean", beta=0.0, anchor=0.2),
+    "maxrl": Algorithm(advantage="max_rl", aggregate="constant", beta=0.0),
+    "passk": Algorithm(advantage="max_at_k", aggregate="constant", beta=0.0),
+    "gdpo": Algorithm(advantage="batch_std", beta=0.0, combine="each"),
+}
