@@ -30,8 +30,8 @@ PLAIN = Algorithm(surrogate="reinforce", beta=0.0)
 
 
 # advantage, ratio, surrogate, epsilon, epsilon_high, aggregate, beta, kl_estimator, max_resample, overlong_buffer, s,
-# combine, k, cap, anchor, off_policy_limit, mask_truncated
-OFF = ("sum", 4, 0.0, 0.0, 0.0, False)
+# combine, k, cap, anchor, off_policy_limit, mask_truncated, correction, its level, low and high, top_entropy, bonus
+OFF = ("sum", 4, 0.0, 0.0, 0.0, False, "none", "token", 0.5, 2.0, 1.0, 0.0)
 
 
 def anchored(anchor: float) -> tuple:
