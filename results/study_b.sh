@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Study B: reward structures and algorithms on arithmetic, five seeds each (of more rows three) from the same base policies.
+# Study B: reward structures and algorithms on arithmetic, five seeds each from the same base policies.
 # Run it from the repository root. Runs that $RUNS holds whole are kept: name an empty folder after a change of the code.
 set -euo pipefail
 export OMP_NUM_THREADS=1 # one thread a run: as many side by side as there are cores, and repeatable
@@ -28,11 +28,9 @@ for seed in 0 1 2 3 4; do
         echo "train algorithms/$name $seed --algorithm $name --num-inner-updates 2"
     done
     echo "train algorithms/grpo_without_kl $seed --algorithm grpo --num-inner-updates 2 --beta 0"
-    if [ "$seed" -lt 3 ]; then
-        for name in grpo luspo sapo gmpo dppo prime kimi maxrl passk gdpo; do
-            echo "train more_rows/$name $seed --algorithm $name --num-inner-updates 2"
-        done
-    fi
+    for name in luspo sapo gmpo dppo prime kimi maxrl passk gdpo; do
+        echo "train more_rows/$name $seed --algorithm $name --num-inner-updates 2"
+    done
     echo "train rewards/shaped $seed --rewards $SHAPED"
     for name in hard soft perplexity; do echo "train rewards/$name $seed --rewards $name=1"; done
 done | side_by_side
@@ -46,5 +44,5 @@ for study in algorithms more_rows rewards; do
     done
 done
 python plot_metrics.py results/algorithms/*/seed* --out results/algorithms --baseline grpo
-python plot_metrics.py results/more_rows/*/seed* --out results/more_rows --baseline grpo
+python plot_metrics.py results/algorithms/grpo/seed* results/more_rows/*/seed* --out results/more_rows --baseline grpo
 python plot_metrics.py results/rewards/*/seed* --out results/rewards --baseline "$SHAPED"

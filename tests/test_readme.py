@@ -160,7 +160,16 @@ def test_the_table_of_algorithms_is_the_codes():
         assert ("--combine each" in more) == (row.combine == "each")
         more = {key.replace("-", "_"): float(value) for key, value in re.findall(r"--([a-z-]+) ([\d.]+)", more)}
         assert {key: getattr(row, key) for key in more} == more
-        for key in ("max_resample", "overlong_buffer", "kl_estimator", "anchor", "cap"):
+        for key in (
+            "max_resample",
+            "overlong_buffer",
+            "kl_estimator",
+            "anchor",
+            "cap",
+            "correction",
+            "top_entropy",
+            "entropy_bonus",
+        ):
             assert key in more or getattr(row, key) == getattr(Algorithm(), key), f"{name}: {key}"
 
 
