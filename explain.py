@@ -42,7 +42,7 @@ def page(run, mathematics: ModuleType) -> str:
     rewards = scores.total
     advantages = mathematics.mixed_advantages(scores, algorithm).float().to(policy.device)
     ref_logp = score_rollout(run.reference, rollout, config.micro_batch_tokens) if run.reference else None
-    old_logp = score_rollout(policy, rollout, config.micro_batch_tokens)
+    old_logp, entropy = (score_rollout(policy, rollout, config.micro_batch_tokens, each) for each in (False, True))
     lengths = rollout.mask.sum(1)
     if algorithm.advantage == "pairwise":
         mean_logp = (old_logp.sum(1) / lengths).view_as(advantages)
@@ -52,7 +52,7 @@ def page(run, mathematics: ModuleType) -> str:
     whole = max(1, mathematics.loss_denominator(mask, algorithm.aggregate, config.max_new_tokens))
     chosen = mathematics.high_entropy_tokens(policy, rollout, algorithm, config.micro_batch_tokens)
     loss, _ = mathematics.policy_loss(
-        logp, old_logp, advantages.flatten(), mask, algorithm, ref_logp, denominator=whole, weight=chosen
+        logp, old_logp, advantages.flatten(), mask, algorithm, ref_logp, whole, chosen, entropy
     )
     (pull,) = torch.autograd.grad(-loss, logp)
 
@@ -69,9 +69,8 @@ def page(run, mathematics: ModuleType) -> str:
         f"{aligned(table)}{flat}",
         f"(5) the reference and (6) the loss ({config.algorithm}: {loss.item():.6f}), not descended, token by token",
     ]
-    shown = {"the worst": int(rewards.argmin()), "the best": int(rewards.argmax())}
-    if flat:
-        shown = {"one": 0, "another": len(rows) - 1}
+    ends = {"the worst": int(rewards.argmin()), "the best": int(rewards.argmax())}
+    shown = {"one": 0, "another": len(rows) - 1} if flat else ends
     for title, i in shown.items():
         tokens = token_rows(policy, rollout, i, logp.detach(), ref_logp, pull, mathematics)
         sections.append(f"{title}, completion {i + 1}, advantage {advantages[0, i]:+.3f}\n{aligned(tokens)}")

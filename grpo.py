@@ -174,13 +174,15 @@ def loss_denominator(mask: torch.Tensor, aggregate: str, max_new_tokens: int) ->
 def policy_loss(
     logp: torch.Tensor, old_logp: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor, algorithm: Algorithm,
     ref_logp: torch.Tensor | None = None, denominator: float | None = None, weight: torch.Tensor | None = None,
+    entropy: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # fmt: skip
     """The loss, a scalar, and `loss_metrics` (DeepSeekMath, eq. 3; the cells say what differs).
 
     logp, old_logp, ref_logp (B, T) are log-probabilities of the sampled tokens under the policy, the policy that the
     first inner update started from, and the reference; advantages (B,); mask (B, T) bool. What stands at padding
     changes nothing. `denominator` is `loss_denominator` of the whole optimizer step; without one these rows, of width
-    T, are taken to be all. `weight` (B, T) multiplies the surrogate, and no other term.
+    T, are taken to be all. `weight` (B, T) multiplies the surrogate, and no other term; `entropy` (B, T),
+    exact, is what an entropy bonus takes as its baseline.
     """
     # Masked before exp: whatever stands at padding must not become inf * 0 = NaN.
     log_ratio = torch.where(mask, logp - old_logp, 0.0)
@@ -196,8 +198,9 @@ def policy_loss(
         per_token = per_token * weight
     if algorithm.anchor:  # a pull towards the old policy (Kimi K2, arXiv 2507.20534)
         per_token = per_token + algorithm.anchor / 2 * token_log_ratio.square()
-    if algorithm.entropy_bonus:  # logp^2 / 2 has on-policy the expected gradient of minus the entropy of each token
-        per_token = per_token + algorithm.entropy_bonus * kl_penalty(logp, torch.zeros_like(logp), "k2")
+    if algorithm.entropy_bonus:  # E[(logp + H) * gradient of logp] is minus the gradient of H; H takes noise away
+        surprise = (logp + torch.where(mask, entropy, 0.0)).detach()
+        per_token = per_token + algorithm.entropy_bonus * surprise * logp
     if ref_logp is not None:
         ref_logp = torch.where(mask, ref_logp, 0.0)
         kl = kl_penalty(logp, ref_logp, algorithm.kl_estimator, log_ratio.exp())
@@ -408,8 +411,10 @@ def high_entropy_tokens(
         return None
     with ranks.whole(policy.model):
         entropy = score_rollout(policy, rollout, token_budget, entropy=True)
-    everywhere = torch.cat(ranks.gather(entropy[loss_mask(rollout, algorithm)].cpu()))
-    return entropy >= np.quantile(everywhere.numpy(), 1 - algorithm.top_entropy)
+    everywhere = torch.cat(ranks.gather(entropy[loss_mask(rollout, algorithm)].cpu())).numpy()
+    if not len(everywhere):  # all rows are truncated, and masked
+        return torch.zeros_like(rollout.mask)
+    return entropy >= np.quantile(everywhere, 1 - algorithm.top_entropy)
 
 
 def update(
@@ -476,7 +481,7 @@ def backward(
         if algorithm.correction != "none":
             rho = correction_weight(old - part.sampler_logp, part.mask, algorithm)
             weight = rho if weight is None else weight * rho
-        loss, stats = policy_loss(logp, old, advantage, mask, algorithm, ref, denominator, weight)
+        loss, stats = policy_loss(logp, old, advantage, mask, algorithm, ref, denominator, weight, entropy)
         loss.backward()
         stats |= {"loss": loss, "entropy": entropy[mask].sum(), "sampler_gap": (part.sampler_logp - old).abs().max()}
         stats["sampler_kl"] = (part.sampler_logp - old)[mask].sum()
@@ -687,6 +692,8 @@ class GRPOConfig(commands.optional_fields(Algorithm, "Default: the algorithm's."
             raise UserError("--rollout-lag and --sampler-dtype keep whole copies of the policy; leave out --shard")
         if self.policy == "autoencoder" and self.sampler_dtype:
             raise UserError("--sampler-dtype is for transformers, an autoencoder is small; leave it out")
+        if self.policy == "autoencoder" and (row.entropy_bonus or row.top_entropy < 1):
+            raise UserError("--entropy-bonus and --top-entropy: an autoencoder's entropy is constant; leave them out")
         for name, needed in row.idle.items():
             if getattr(self, name) is not None:
                 raise UserError(f"{commands.flag_of(name)} does nothing without {needed}; leave it out, or give both")

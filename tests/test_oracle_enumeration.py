@@ -12,12 +12,15 @@ from enumeration import (
     MASK,
     REWARDS,
     TRUNCATED,
+    algorithm_row,
     bias,
     bias_row,
+    correction_row,
     expected_loss,
     expected_reward,
     gradient_of,
     log_probs,
+    older,
     table_of_logits,
 )
 
@@ -114,12 +117,107 @@ def test_the_gradient_goes_through_the_exploration_mixture(logits):
 
 
 def test_the_other_aggregates_and_scales_are_biased_as_the_readme_says():
-    """One row of its table (`python tests/enumeration.py`) whole, and a seed of two others."""
-    assert bias_row("centered", "sequence_mean") in Path(__file__).with_name("README.md").read_text(encoding="utf-8")
+    """Some rows of its tables (`python tests/enumeration.py`) whole, and a seed of two others."""
+    readme = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
+    rows = [bias_row("centered", "sequence_mean"), *map(algorithm_row, ("gspo", "prime", "gdpo"))]
+    for row in (*rows, *map(correction_row, ("none", "mask, token", "no bound, sequence"))):
+        assert f"\n{row}\n" in readme
     ((angle, _),) = bias(Algorithm(advantage="group", aggregate="constant"), range(1))
     assert angle > 15
     ((angle, length),) = bias(Algorithm(advantage="centered", aggregate="constant"), range(1))
     assert angle < 1e-4 and length == pytest.approx(1, abs=1e-9)
+
+
+def plain_step(logits: torch.Tensor, sampler: torch.Tensor, weigh) -> torch.Tensor:
+    """The expected step of rloo's cells in loops, on completions that come from the table `sampler`.
+
+    That is the sum over completions y of mu(y) * (R(y) - E_mu[R]) * the gradient of its tokens' log-probabilities, each
+    times a weight: `weigh` makes the row's weights of its tokens' pi / mu.
+    """
+    pi, mu = logits.softmax(-1), sampler.softmax(-1).tolist()
+    # Each token by its place in the table, (0, first) and (first, second).
+    places = [list(zip((0, *completion), completion, strict=False)) for completion in COMPLETIONS]
+    chances = [math.prod(mu[i][j] for i, j in row) for row in places]
+    mean = sum(chance * reward for chance, reward in zip(chances, REWARDS.tolist(), strict=True))
+    total = 0.0
+    for row, chance, reward in zip(places, chances, REWARDS.tolist(), strict=True):
+        weights = weigh([pi[i, j].item() / mu[i][j] for i, j in row])
+        for weight, (i, j) in zip(weights, row, strict=True):
+            total = total + chance * (reward - mean) * weight * pi[i, j].log()
+    return gradient_of(total, logits) / LENGTH
+
+
+def in_bounds(rho: float) -> float:
+    return rho if 0.8 <= rho <= 1.1 else 0.0
+
+
+BOUNDS = {"correction_low": 0.8, "correction_high": 1.1}
+WEIGHTS = {  # cells, and the weights that they should give a row
+    "none": ({"correction": "none"}, lambda rho: [1.0] * len(rho)),
+    "token, no bound": ({"correction": "truncate", "correction_high": 1e9}, lambda rho: rho),
+    "token, truncated": ({"correction": "truncate", **BOUNDS}, lambda rho: [min(r, 1.1) for r in rho]),
+    "token, masked": ({"correction": "mask", **BOUNDS}, lambda rho: [in_bounds(r) for r in rho]),
+    "row, truncated": (
+        {"correction": "truncate", "correction_level": "sequence", **BOUNDS},
+        lambda rho: [min(math.prod(rho), 1.1)] * len(rho),
+    ),
+    "row, masked": (
+        {"correction": "mask", "correction_level": "sequence", **BOUNDS},
+        lambda rho: [in_bounds(math.prod(rho))] * len(rho),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_corrections_for_another_sampler_are_biased_by_exactly_what_they_leave_out(logits, name):
+    """All but the product over the row: neither no weight, nor the tokens' own, nor one with bounds is unbiased."""
+    cells, weigh = WEIGHTS[name]
+    sampler = older(logits, 0, 0.5)
+    row = Algorithm(advantage="leave_one_out", **PLAIN, **cells)
+    step = -gradient_of(expected_loss([logits], [REWARDS], 3, row, sampler=[sampler]), logits)
+    close(step, plain_step(logits, sampler, weigh))
+    truth = gradient_of(expected_reward(logits), logits) / LENGTH
+    assert (step - truth).abs().max() > 2e-3
+
+
+@pytest.mark.parametrize(("advantage", "factor"), [("centered", 2 / 3), ("leave_one_out", 1.0)])
+def test_the_product_over_the_row_alone_makes_another_samplers_rollouts_unbiased(logits, advantage, factor):
+    """The other rows come from the sampler too, but a baseline of them does not depend on the row, and so falls out."""
+    row = Algorithm(
+        advantage=advantage, correction="truncate", correction_level="sequence", correction_high=1e9, **PLAIN
+    )
+    loss = expected_loss([logits], [REWARDS], 3, row, sampler=[older(logits, 0, 0.5)])
+    truth = gradient_of(expected_reward(logits), logits)
+    close(-gradient_of(loss, logits), factor / LENGTH * truth)
+    loss = expected_loss([logits], [REWARDS], 3, row, old=[older(logits, 0, 0.5)])  # where the sampler is the old one
+    assert (-gradient_of(loss, logits) - factor / LENGTH * truth).abs().max() > 2e-3
+
+
+@pytest.mark.parametrize(
+    ("cells", "weigh"),
+    [
+        ({"epsilon": 1.0, "epsilon_high": 1e9}, lambda ratio: ratio),
+        ({"surrogate": "reinforce"}, lambda ratio: [1.0] * len(ratio)),
+        ({"surrogate": "cispo", "epsilon": 0.2, "epsilon_high": 0.1}, lambda r: [min(max(x, 0.8), 1.1) for x in r]),
+    ],
+)
+def test_the_ratio_to_an_old_policy_is_a_correction_by_token(logits, cells, weigh):
+    """Without bounds it is the token's own weight; under cispo a bounded one; `reinforce` has none."""
+    old = older(logits, 0, 0.5)
+    row = Algorithm(advantage="leave_one_out", **PLAIN, **cells)
+    close(-gradient_of(expected_loss([logits], [REWARDS], 3, row, old=[old]), logits), plain_step(logits, old, weigh))
+
+
+def test_the_entropy_bonus_climbs_the_entropy_where_the_policy_goes(logits):
+    """On-policy, how often each prefix is visited being held fixed: so it is not the entropy of whole sequences."""
+    bonus = Algorithm(entropy_bonus=0.3, **PLAIN)
+    step = -gradient_of(expected_loss([logits], [torch.zeros(7).double()], 2, bonus), logits)
+    pi = logits.softmax(-1)
+    entropies = [-sum(p * p.log() for p in line) for line in pi[:3]]
+    visited = [1.0, pi[0, 1].item(), pi[0, 2].item()]
+    close(step, 0.3 / LENGTH * gradient_of(sum(v * h for v, h in zip(visited, entropies, strict=True)), logits))
+    whole = sum(v * h for v, h in zip([1.0, pi[0, 1], pi[0, 2]], entropies, strict=True))
+    assert (step - 0.3 / LENGTH * gradient_of(whole, logits)).abs().max() > 1e-3
 
 
 def one_token(seed: int) -> tuple[torch.Tensor, torch.Tensor]:

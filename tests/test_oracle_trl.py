@@ -22,7 +22,15 @@ from trl.rewards import get_soft_overlong_punishment, think_format_reward
 import grpo
 import tasks
 from checkpoints import save
-from grpo import ALGORITHMS, Algorithm, group_advantages, mixed_advantages, policy_loss
+from grpo import (
+    ALGORITHMS,
+    Algorithm,
+    correction_weight,
+    group_advantages,
+    high_entropy_tokens,
+    mixed_advantages,
+    policy_loss,
+)
 from rewards import Scores, answer_exact, answer_format, answer_near, parse_rewards, soft_overlong
 from tasks import Example
 
@@ -125,6 +133,44 @@ LOSSES = {
 }
 
 
+def configure(monkeypatch, trainer, loss_type: str, level: str, algorithm: Algorithm) -> None:
+    """Give TRL's trainer the cells of a row, in its own terms, and no gradient."""
+    high = 1 + algorithm.epsilon_high if loss_type == "cispo" else algorithm.epsilon_high  # TRL's cap is absolute
+    for attribute, value in {
+        "loss_type": loss_type, "importance_sampling_level": level, "beta": algorithm.beta,
+        "epsilon_low": algorithm.epsilon, "epsilon_high": high, "max_completion_length": LENGTH,
+        "top_entropy_quantile": algorithm.top_entropy,
+    }.items():  # fmt: skip
+        assert hasattr(trainer, attribute)
+        monkeypatch.setattr(trainer, attribute, value)
+    monkeypatch.setattr(trainer.args, "use_bias_correction_kl", algorithm.kl_estimator == "k3_unbiased")
+    monkeypatch.setattr(trainer.args, "delta", algorithm.cap or None)
+    monkeypatch.setattr(trainer, "off_policy_mask_threshold", algorithm.off_policy_limit or None)
+    trainer.model.train()
+    trainer.model.zero_grad()
+
+
+def inputs_of(rollout) -> dict:
+    """A rollout as TRL's loss takes it."""
+    return {
+        "prompt_ids": rollout.prompts[rollout.group],
+        "prompt_mask": rollout.prompt_mask[rollout.group].long(),
+        "completion_ids": rollout.actions,
+        "completion_mask": rollout.mask.long(),
+        "num_items_in_batch": rollout.mask.sum(),
+    }
+
+
+def assert_equal(policy, loss, model, theirs, atol: float, scale: float = 1) -> None:
+    """The losses, and the gradients of all weights, which may be `scale` times as far apart."""
+    assert abs(loss.item() - theirs.item()) <= atol
+    for key, weight in model.named_parameters():
+        gradient = policy.model.get_parameter(key).grad
+        assert (gradient - weight.grad).abs().max() <= atol * scale, key
+    norm = sum(weight.grad.square().sum() for weight in model.parameters()).sqrt()
+    assert norm > 1e-2, "or the comparison would say nothing"
+
+
 @pytest.mark.parametrize("kl", [None, "k3", "k3_unbiased"])
 @pytest.mark.parametrize("name", LOSSES)
 def test_loss_and_gradient_are_trls(policies, rollout, trainer, monkeypatch, name, kl):
@@ -148,40 +194,120 @@ def test_loss_and_gradient_are_trls(policies, rollout, trainer, monkeypatch, nam
     )
     loss.backward()
 
-    high = 1 + algorithm.epsilon_high if loss_type == "cispo" else algorithm.epsilon_high  # TRL's cap is absolute
-    for attribute, value in {
-        "loss_type": loss_type, "importance_sampling_level": level, "beta": algorithm.beta,
-        "epsilon_low": algorithm.epsilon, "epsilon_high": high, "max_completion_length": LENGTH,
-    }.items():  # fmt: skip
-        assert hasattr(trainer, attribute)
-        monkeypatch.setattr(trainer, attribute, value)
-    monkeypatch.setattr(trainer.args, "use_bias_correction_kl", kl == "k3_unbiased")
-    monkeypatch.setattr(trainer.args, "delta", algorithm.cap or None)
-    monkeypatch.setattr(trainer, "off_policy_mask_threshold", algorithm.off_policy_limit or None)
-    trainer.model.train()
-    trainer.model.zero_grad()
-    theirs = trainer._compute_loss(
-        trainer.model,
-        {
-            "prompt_ids": rollout.prompts[rollout.group],
-            "prompt_mask": rollout.prompt_mask[rollout.group].long(),
-            "completion_ids": rollout.actions,
-            "completion_mask": rollout.mask.long(),
-            "advantages": advantages,
-            "old_per_token_logps": old,
-            "ref_per_token_logps": ref,
-            "num_items_in_batch": rollout.mask.sum(),
-        },
-    )
+    configure(monkeypatch, trainer, loss_type, level, algorithm)
+    given = {"advantages": advantages, "old_per_token_logps": old, "ref_per_token_logps": ref}
+    theirs = trainer._compute_loss(trainer.model, inputs_of(rollout) | given)
     theirs.backward()
-    assert abs(loss.item() - theirs.item()) <= 1e-6
-    for key, weight in trainer.model.named_parameters():
-        gradient = policies[0].model.get_parameter(key).grad
-        assert (gradient - weight.grad).abs().max() <= 1e-6 * (LENGTH if name == "luspo" else 1), key
-    norm = sum(weight.grad.square().sum() for weight in trainer.model.parameters()).sqrt()
-    assert norm > 1e-2, "or the comparison would say nothing"
+    assert_equal(policies[0], loss, trainer.model, theirs, 1e-6, LENGTH if name == "luspo" else 1)
     if name in ("grpo", "dapo", "gspo", "gspo, wide", "asymmetric", "cap", "luspo"):
         assert stats["clip_low"] > 0 and stats["clip_high"] > 0, "the clip must have acted"
+
+
+def rows_by_trl(monkeypatch, trainer, rollout, old: torch.Tensor, sampled: torch.Tensor, algorithm: Algorithm) -> dict:
+    """What TRL's trainer makes of a rollout by a server with log-probabilities `sampled`, and which it scored as `old`.
+
+    Its own weights of the correction are in it; the server and the scorer are not called.
+    """
+    lengths = rollout.mask.sum(1).tolist()
+
+    def cut(rows: torch.Tensor) -> list[list]:
+        return [row[:length] for row, length in zip(rows.tolist(), lengths, strict=True)]
+
+    prompts = [rollout.prompts[group][rollout.prompt_mask[group]].tolist() for group in rollout.group.tolist()]
+    answer = (prompts, cut(rollout.actions), None, rollout.texts, cut(sampled), {}, None, None)
+    mode = f"{algorithm.correction_level}_{algorithm.correction}"
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "_generate", lambda _: answer)
+        patch.setattr(trainer, "_get_per_token_logps_and_entropies", lambda *_, **__: (old, None, None))
+        patch.setattr(trainer, "beta", 0.0)  # it has no reference to score with
+        for name, value in {"use_vllm": True, "vllm_importance_sampling_mode": mode}.items():
+            assert hasattr(trainer, name)
+            monkeypatch.setattr(trainer, name, value)
+        inputs = [{"prompt": prompt, "answer": "5"} for prompt in PROMPTS for _ in range(G)]
+        return trainer._generate_and_score_completions(inputs)
+
+
+@pytest.mark.parametrize("correction", ["truncate", "mask"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("name", ["grpo", "dapo", "gspo, wide", "cispo"])
+def test_corrections_are_trls(policies, rollout, trainer, monkeypatch, name, level, correction):
+    """The weights, which TRL too has on the surrogate and not on the KL, then the loss and the gradient with them.
+
+    Three policies: what sampled, what the ratio starts from, what learns. TRL's `truncate` may have a lower bound, off
+    by default, which would also raise small weights; here it has none. TRL's default is `mask` by row, from 0 to 3.
+    """
+    loss_type, ratio_level, row = LOSSES[name]
+    bounds = {"correction_low": 0.95, "correction_high": 1.1}
+    algorithm = dataclasses.replace(
+        row, beta=0.3, kl_estimator="k3", correction=correction, correction_level=level, **bounds
+    )
+    with torch.no_grad():
+        old, ref, sampled = (score(policies[i], rollout, trainer.temperature) for i in (1, 2, 2))
+    sampled = sampled.float().double()  # what a server tells in lists, TRL has in float32
+    for bound, value in {"min": 0.95 if correction == "mask" else None, "max": 1.1}.items():
+        monkeypatch.setattr(trainer, f"vllm_importance_sampling_clip_{bound}", value)
+    inputs = rows_by_trl(monkeypatch, trainer, rollout, old, sampled, algorithm)
+    weight = correction_weight(old - sampled, rollout.mask, algorithm)
+    theirs = inputs["importance_sampling_ratio"].expand_as(weight)
+    torch.testing.assert_close(weight[rollout.mask], theirs[rollout.mask], rtol=0, atol=1e-12)
+    plain = (old - sampled).exp() if level == "token" else ((old - sampled) * rollout.mask).sum(1, True).exp()
+    assert (plain > 1.1).any() and (plain < 0.95).any(), "the bounds must have acted"
+
+    advantages = group_advantages(REWARDS.double(), "group").flatten()
+    policies[0].model.zero_grad()
+    logp = score(policies[0], rollout, trainer.temperature)
+    loss, _ = policy_loss(logp, old, advantages, rollout.mask, algorithm, ref, weight=weight)
+    loss.backward()
+    configure(monkeypatch, trainer, loss_type, ratio_level, algorithm)
+    theirs = trainer._compute_loss(trainer.model, inputs | {"advantages": advantages, "ref_per_token_logps": ref})
+    theirs.backward()
+    assert_equal(policies[0], loss, trainer.model, theirs, 1e-6)
+
+
+def test_a_lower_bound_of_trls_truncation_is_what_ours_does_not_have(policies, rollout, trainer, monkeypatch):
+    """Where it is set, TRL raises small weights to it; ours leaves them, as truncation is there for large ones."""
+    algorithm = Algorithm(correction="truncate", correction_low=0.95, correction_high=1.1)
+    with torch.no_grad():
+        old, sampled = (score(policy, rollout, trainer.temperature) for policy in policies[1:])
+    sampled = sampled.float().double()
+    monkeypatch.setattr(trainer, "vllm_importance_sampling_clip_min", 0.95)
+    monkeypatch.setattr(trainer, "vllm_importance_sampling_clip_max", 1.1)
+    theirs = rows_by_trl(monkeypatch, trainer, rollout, old, sampled, algorithm)["importance_sampling_ratio"]
+    weight = correction_weight(old - sampled, rollout.mask, algorithm)
+    torch.testing.assert_close(weight.clamp(min=0.95)[rollout.mask], theirs[rollout.mask], rtol=0, atol=1e-12)
+    assert (weight < 0.94)[rollout.mask].any()
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5])
+@pytest.mark.parametrize("name", ["grpo", "dapo", "gspo, wide", "cispo"])
+def test_top_entropy_tokens_are_trls(policies, rollout, trainer, monkeypatch, name, share):
+    """Which tokens they are; then the loss and the gradient, in which the KL stays on all tokens.
+
+    On one batch before its first inner update. TRL takes the quantile of each micro-batch anew, and at each inner
+    update from the policy as it is by then; here it is once that of the whole optimizer batch. TRL also rounds the
+    threshold to float32, so a token that is itself the quantile may fall to either side.
+    """
+    loss_type, level, row = LOSSES[name]
+    algorithm = dataclasses.replace(row, beta=0.3, kl_estimator="k3", top_entropy=share)
+    with torch.no_grad():
+        old, ref = (score(policy, rollout, trainer.temperature) for policy in policies[1:])
+    advantages = group_advantages(REWARDS.double(), "group").flatten()
+    policies[0].temperature = trainer.temperature
+    chosen = high_entropy_tokens(policies[0], rollout, algorithm, 2**20) & rollout.mask
+    assert chosen.sum() == pytest.approx(share * rollout.mask.sum(), abs=1)
+
+    policies[0].model.zero_grad()
+    logp = score(policies[0], rollout, trainer.temperature)
+    loss, _ = policy_loss(logp, old, advantages, rollout.mask, algorithm, ref, weight=chosen.double())
+    loss.backward()
+    configure(monkeypatch, trainer, loss_type, level, algorithm)
+    masks, theirs_of = [], trainer.get_high_entropy_mask
+    monkeypatch.setattr(trainer, "get_high_entropy_mask", lambda *args: masks.append(theirs_of(*args)) or masks[-1])
+    given = {"advantages": advantages, "old_per_token_logps": old, "ref_per_token_logps": ref}
+    theirs = trainer._compute_loss(trainer.model, inputs_of(rollout) | given)
+    theirs.backward()
+    assert torch.equal(masks[0], chosen)
+    assert_equal(policies[0], loss, trainer.model, theirs, 1e-6)
 
 
 @pytest.mark.parametrize("scale", ["group", "batch_std", "centered"])

@@ -144,17 +144,31 @@ def test_the_weight_is_on_the_surrogate_alone():
     advantages, mask = torch.tensor([1.0, -2.0]).double(), torch.tensor([[True] * 3, [True, True, False]])
     row = dataclasses.replace(ROW, beta=0.3, anchor=0.4, entropy_bonus=0.5, surrogate="reinforce")
 
+    entropy = torch.rand(2, 3, generator=generator, dtype=torch.float64)
+    entropy[1, 2] = math.nan  # padding
+
     def loss(how, advantages=advantages) -> float:
-        return policy_loss(logp, old, advantages, mask, row, ref, weight=how)[0].item()
+        return policy_loss(logp, old, advantages, mask, row, ref, weight=how, entropy=entropy)[0].item()
 
     other = loss(None, 0 * advantages)
     weighed = -(advantages[:, None] * logp * weight)[mask].sum().item() / 6
     assert loss(weight) == pytest.approx(other + weighed, abs=1e-12)
     assert other == pytest.approx(loss(weight, 0 * advantages), abs=1e-12) != pytest.approx(0, abs=1e-3)
-    bonus = 0.5 * logp[mask].square().sum().item() / 2 / 6
+    bonus = 0.5 * ((logp + entropy) * logp)[mask].sum().item() / 6
     without = dataclasses.replace(row, entropy_bonus=0.0)
     plain = policy_loss(logp, old, 0 * advantages, mask, without, ref)[0].item()
     assert other == pytest.approx(plain + bonus, abs=1e-12)
+
+
+def test_an_update_ascends_the_entropy(rollout):
+    """By the mean over a step's tokens of (log pi + H) * log pi, with the exact entropy."""
+    policy, sampled = rollout
+    step, _ = moved(policy, sampled, plain(entropy_bonus=0.2, micro_batch_tokens=40))
+    without, _ = moved(policy, sampled, plain())
+    logp, entropy = policy.log_probs(sampled)
+    loss = 0.2 * ((logp + entropy).detach() * logp).sum() / (len(logp) * 9)
+    gradient = torch.autograd.grad(loss, list(policy.model.parameters()))
+    torch.testing.assert_close(step - without, -torch.cat([x.flatten() for x in gradient]), rtol=1e-6, atol=1e-9)
 
 
 @pytest.fixture
@@ -218,6 +232,13 @@ def test_the_tokens_of_highest_entropy_are_a_share_of_the_whole_batch(rollout):
     assert high_entropy_tokens(policy, sampled, ROW, 1000) is None
 
 
+def test_where_all_rows_are_left_out_none_is_chosen(rollout):
+    policy, sampled = rollout
+    sampled.truncated[:] = True
+    row = dataclasses.replace(ROW, top_entropy=0.3, mask_truncated=True)
+    assert not high_entropy_tokens(policy, sampled, row, 1000).any()
+
+
 def test_rewards_act_on_the_chosen_tokens_only(rollout, monkeypatch):
     """The step is that of a weight of 0 and 1, the denominator that of all tokens, whatever the micro-batches."""
     policy, sampled = rollout
@@ -244,6 +265,8 @@ def test_rewards_act_on_the_chosen_tokens_only(rollout, monkeypatch):
             {"sampler_dtype": "bfloat16", "policy": "autoencoder", "task": "odd_even"},
             "--sampler-dtype is for transformers",
         ),
+        ({"entropy_bonus": 0.1, "policy": "autoencoder", "task": "odd_even"}, "an autoencoder's entropy is constant"),
+        ({"top_entropy": 0.1, "policy": "autoencoder", "task": "odd_even"}, "an autoencoder's entropy is constant"),
         ({"rollout_lag": -1}, "--rollout-lag is -1"),
         ({"top_entropy": 0.0}, "--top-entropy is 0.0"),
         ({"top_entropy": 1.5}, "--top-entropy is 1.5"),
