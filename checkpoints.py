@@ -345,13 +345,13 @@ def plan(
     """The memory and work of a step of `rows` completions of `prompts` prompts, at full length.
 
     All prompts begin with the same `common` tokens. `settings`: micro_batch_tokens, inner_updates, reference and
-    samplers (how many frozen copies), device. Counted is what a packed
-    Llama keeps for the backward pass of its largest micro-batch: seven vectors of the hidden size and four of the
-    intermediate size for each token and layer, and the padded queries, keys, values and scores of its attention.
+    samplers (how many frozen copies), device. Counted is what a packed Llama keeps for the backward pass of its largest
+    micro-batch: seven vectors of the hidden size and four of the intermediate size for each token and layer, and the
+    padded queries, keys, values and scores of its attention.
     """
     model, config = policy.model, policy.model.config
     low, layers, hidden = policy.dtype != torch.float32, config.num_hidden_layers, config.hidden_size
-    weights, size = sum(weight.numel() for weight in model.parameters()), 2 if low else 4
+    weights, size = sum(map(torch.numel, model.parameters())), 2 if low else 4
     inner, heads = getattr(config, "intermediate_size", None) or 4 * hidden, config.num_attention_heads
     width = getattr(config, "head_dim", None) or hidden // heads
     width *= getattr(config, "num_key_value_heads", None) or heads
@@ -367,10 +367,9 @@ def plan(
     kept = layers * tokens * hidden * 4 + layer if model.checkpointing else layers * layer
     whole, scores = getattr(model, "full_logits", False), batch * max_new_tokens * config.vocab_size
     most = scores if whole else policy.chunk_logits or most_logits(settings["device"])
-    copy = 4 * weights
-    if low:  # linear layers in two bytes, embedding and output layer in four
-        tied = bool(getattr(config, "tie_word_embeddings", False))
-        copy = 2 * (weights + config.vocab_size * hidden * (2 - tied))
+    tied = bool(getattr(config, "tie_word_embeddings", False))
+    # Low: linear layers in two bytes, embedding and output layer in four.
+    copy = 2 * (weights + config.vocab_size * hidden * (2 - tied)) if low else 4 * weights
     ours = isinstance(model, Llama)
     shared = ours and own >= Cache.share_from  # else each row has a copy of its prompt's keys and values
     seen = common + (prompts if shared else rows) * own + rows * max_new_tokens

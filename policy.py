@@ -417,7 +417,7 @@ def frozen(policy: Policy) -> Policy:
 
 
 def score_rollout(policy: Policy, rollout: Rollout, token_budget: int, entropy: bool = False) -> torch.Tensor:
-    """Log-probabilities (B, T), or entropies, of a rollout under the policy as it is now; no gradient, in micro-batches."""
+    """Log-probabilities (B, T), or entropies, of a rollout under the policy as it is now, without gradient."""
     dtype = torch.promote_types(next(policy.model.parameters()).dtype, torch.float32)
     scores = torch.zeros(rollout.mask.shape, dtype=dtype, device=policy.device)
     with torch.no_grad():
