@@ -324,6 +324,63 @@ def test_truncated_rows_leave_the_loss_and_not_their_groups_mean():
     assert metrics["loss"] == metrics["grad_norm"] == 0 and torch.equal(after, weights[1])
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_corrections_stay_as_they_were_at_the_first_inner_update(level):
+    """What another policy sampled, three inner updates long: pi_old / sampler, cut at 2, and not pi / sampler."""
+    policy, other = tiny_policy(0), tiny_policy(1)
+    rollout = rollout_of(other, EXAMPLES, 4)
+    with torch.no_grad():
+        gap = torch.where(rollout.mask, policy.log_probs(rollout)[0] - rollout.sampler_logp, 0.0)
+    gap = gap if level == "token" else gap.sum(1, keepdim=True).expand_as(gap)
+    expected = gap.exp().clamp(max=2.0)[rollout.mask].mean().item()
+    config = GRPOConfig(beta=0.0, max_new_tokens=8, num_inner_updates=3, correction="truncate", correction_level=level)
+    rewards = torch.rand(3, 4, generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.SGD(policy.model.parameters(), lr=1.0)
+    metrics = update_on(policy, None, optimizer, rollout, rewards, config)
+    assert metrics["ratio_max"] > 1.1 and abs(expected - 1) > 0.01
+    assert metrics["weight"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_tokens_of_highest_entropy_by_hand(monkeypatch):
+    """Entropies 1 to 6 of which half are wanted: the threshold is 3.5, whatever stands at padding."""
+    policy = tiny_policy()
+    rollout = rollout_of(policy, EXAMPLES[:1], 2)
+    entropy = torch.tensor([[4.0, 1.0, 0.0, 0.0], [3.0, 2.0, 5.0, 6.0]])
+    mask = torch.tensor([[True, True, False, False], [True, True, True, True]])
+    rollout = dataclasses.replace(rollout, mask=mask)
+    monkeypatch.setattr(grpo, "score_rollout", lambda *_, **__: entropy)
+    row = grpo.Algorithm(top_entropy=0.5)
+    chosen = grpo.high_entropy_tokens(policy, rollout, row, 10**6)
+    assert (chosen & mask).tolist() == [[True, False, False, False], [False, False, True, True]]
+    cut = dataclasses.replace(rollout, truncated=torch.tensor([True, False]))  # 3, 2, 5 and 6 are left
+    chosen = grpo.high_entropy_tokens(policy, cut, dataclasses.replace(row, mask_truncated=True), 10**6)
+    assert chosen[1].tolist() == [False, False, True, True] and chosen[0, 0]
+    assert grpo.high_entropy_tokens(policy, rollout, grpo.Algorithm(), 10**6) is None
+
+
+@pytest.mark.parametrize("lag", [1, 2])
+def test_rollouts_are_of_the_policy_so_many_steps_ago(base, tmp_path, small_task, monkeypatch, lag):
+    """Of the first one until there is an older one; each step moves it far."""
+    weights, rollouts, sample = [], [], grpo.sample_groups
+
+    def note(run, *given):
+        weights.append(weights_of(run))
+        rollouts.append(sample(run, *given))
+        return rollouts[-1]
+
+    monkeypatch.setattr(grpo, "sample_groups", note)
+    config = settings(base, tmp_path / "run", rollout_lag=lag, learning_rate=0.05, warmup_steps=0, eval_every=9)
+    policy = grpo.train(config).policy
+    for step, rollout in enumerate(rollouts):
+        gaps = []
+        for old in weights[: step + 1]:
+            policy.model.load_state_dict(old)
+            with torch.no_grad():
+                gap = policy.log_probs(rollout)[0] - rollout.sampler_logp
+            gaps.append(gap[rollout.mask].abs().max().item())
+        assert [gap < 1e-4 for gap in gaps] == [i == max(0, step - lag) for i in range(step + 1)], gaps
+
+
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_algorithm_runs_and_is_stored_with_the_run(base, tmp_path, small_task, name, capsys):
     config = settings(base, tmp_path / "run", algorithm=name, steps=2, num_inner_updates=2)

@@ -21,7 +21,15 @@ from enumeration import (
     table_of_logits,
 )
 
-from grpo import ALGORITHMS, Algorithm, kl_penalty, pairwise_advantages, policy_loss
+from grpo import (
+    ALGORITHMS,
+    Algorithm,
+    correction_weight,
+    group_advantages,
+    kl_penalty,
+    pairwise_advantages,
+    policy_loss,
+)
 
 pytestmark = pytest.mark.math
 
@@ -66,6 +74,26 @@ def test_without_truncated_rows_they_count_as_average_ones(logits):
     fixed = expected_reward(logits).detach()
     complete = (log_probs(logits).sum(1).exp() * (REWARDS - fixed))[~TRUNCATED].sum()
     close(-gradient_of(expected_loss([logits], [REWARDS], 3, row), logits), gradient_of(complete, logits) / LENGTH)
+
+
+def corrected_step(logits: torch.Tensor, **cells) -> torch.Tensor:
+    """The expected step from pairs of completions that another table of logits has sampled."""
+    row = Algorithm(advantage="leave_one_out", correction="truncate", **cells, **PLAIN)
+    logp, sampler_logp, total = log_probs(logits), log_probs(table_of_logits(7)), 0.0
+    for pair in map(list, itertools.product(range(len(COMPLETIONS)), repeat=2)):
+        weight = correction_weight((logp - sampler_logp)[pair].detach(), MASK[pair], row)
+        advantages = group_advantages(REWARDS[pair][None], row.advantage)[0]
+        loss, _ = policy_loss(logp[pair], logp[pair].detach(), advantages, MASK[pair], row, weight=weight)
+        total = total + sampler_logp[pair].sum().exp() * loss
+    return -gradient_of(total, logits)
+
+
+def test_of_the_corrections_the_rows_product_alone_is_unbiased(logits):
+    """And it only while nothing is cut off."""
+    truth = gradient_of(expected_reward(logits), logits) / LENGTH
+    close(corrected_step(logits, correction_level="sequence", correction_high=1e9), truth)
+    for cells in ({"correction_level": "token", "correction_high": 1e9}, {"correction_level": "sequence"}):
+        assert (corrected_step(logits, **cells) - truth).abs().max() > 1e-3, cells
 
 
 RIGHT = (REWARDS > 0.5).double()  # three of the seven completions
@@ -186,6 +214,19 @@ def test_over_sequences_the_kl_term_holds_the_visited_prefixes_fixed(logits, est
     log_pi = log_probs(logits)
     whole = (log_pi.sum(1).exp() * (log_pi - ref).sum(1)).sum() / LENGTH
     assert (gradient - gradient_of(whole, logits)).abs().max() > 1e-3
+
+
+def test_the_entropy_bonus_climbs_the_entropy_at_the_visited_prefixes(logits):
+    """Each prefix's entropy, weighted by how often it is visited, that being held fixed."""
+    row, logp, total = Algorithm(entropy_bonus=0.3, **PLAIN), log_probs(logits), 0.0
+    for i, chance in enumerate(logp.detach().sum(1).exp()):
+        part = slice(i, i + 1)
+        loss, _ = policy_loss(logp[part], logp[part].detach(), torch.zeros(1).double(), MASK[part], row)
+        total = total + chance * loss
+    pi = logits.log_softmax(-1)
+    entropy = -(pi.exp() * pi).sum(-1)
+    visited = torch.cat([torch.ones(1).double(), pi[0, 1:].detach().exp()])
+    close(-gradient_of(total, logits), 0.3 * gradient_of(visited @ entropy[:3], logits) / LENGTH)
 
 
 def test_k1_as_a_loss_is_refused_with_the_reason():
