@@ -80,7 +80,7 @@ FAULTS = [
     Fault(
         "each micro-batch divided by its own number of tokens",
         "allenai/open-instruct#1161",
-        "grpo.py", "algorithm, ref, denominator)", "algorithm, ref, None)",
+        "grpo.py", "algorithm, ref, denominator, weight)", "algorithm, ref, None, weight)",
         "oracle_properties::test_micro_batches_of_1_of_2_and_of_all_rows_give_the_same_update[dapo]",
     ),
     Fault(
@@ -268,7 +268,7 @@ FAULTS = [
     Fault(
         "k1 offered as a loss, whose gradient is 0 in expectation",
         "NVIDIA-NeMo/RL#2506",
-        "grpo.py", 'if self.kl_estimator == "k1":', 'if self.kl_estimator == "k1":\n            return\n        if False:',
+        "algorithms.py", 'if self.kl_estimator == "k1":', 'if self.kl_estimator == "k1":\n            return\n        if False:',
         "oracle_enumeration::test_k1_as_a_loss_is_refused_with_the_reason",
     ),
     Fault(
