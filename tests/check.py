@@ -226,7 +226,7 @@ def number_of(fault) -> int:
 
 def with_faults(candidate: Candidate) -> str:
     """A candidate in words."""
-    told = [f"fault {number_of(f)} ({f.what}; seen in {f.seen})" for f in candidate.faults]
+    told = [f"fault {number_of(f)} ({f.what}; {f.source})" for f in candidate.faults]
     return candidate.name + (f" with {' and '.join(told)}" if told else "")
 
 

@@ -5,6 +5,7 @@ holds plain numbers, so that `results/conformance.json` can hold it too.
 """
 
 import functools
+import importlib
 import itertools
 import math
 import sys
@@ -77,8 +78,9 @@ def patched(file: str, faults: tuple[Fault, ...] = (), swap: tuple[str, str] = (
     exec(compile(source, str(ROOT / file), "exec"), vars(module))
     for other in {fault.file for fault in faults} - {file}:
         there = vars(patched(other, tuple(fault for fault in faults if fault.file == other)))
+        here = vars(importlib.import_module(Path(other).stem))
         for name, value in vars(module).items():
-            if getattr(value, "__module__", None) == Path(other).stem:
+            if not name.startswith("__") and value is here.get(name):
                 vars(module)[name] = there[name]
     return module
 
@@ -120,22 +122,39 @@ def see_advantages(advantages: np.ndarray, case: Case) -> Numbers:
 
 
 def advantage_candidates(level: int, cases: list[Case], seen: list[Numbers]) -> Iterator[Candidate]:
-    for faults in fault_sets(level, known(7, 8, 11)):
+    for faults in fault_sets(level, known(7, 8, 11, 48, 49)):
         for epsilon in ("1e-4", "1e-6", "1e-8", "1e-5", "1e-9"):
             module = patched("grpo.py", faults, ("+ 1e-4)", f"+ {epsilon})"))
-            scales = ("group", "batch_std", "centered", "leave_one_out", "batch_mean")
+            scales = ("group", "batch_std", "centered", "leave_one_out", "batch_mean", "max_rl", "max_at_k")
             for scale in scales if epsilon == "1e-4" else scales[:2] if module else ():
-
-                def give(case: Case, module=module, scale=scale) -> Numbers:
-                    return see_advantages(module.group_advantages(tensor(case.given["rewards"]), scale).numpy(), case)
-
                 other = "" if epsilon == "1e-4" else f" with {epsilon} added to the std, not 1e-4"
+                other = {"max_rl": ", NaN below 0", "max_at_k": " with k = G"}.get(scale, other)
+                give = functools.partial(advantage_numbers, module, scale)
                 yield Candidate(f"`{scale}`{other}", give, faults, int(bool(other)))
+
+
+def advantage_numbers(module: types.ModuleType, scale: str, case: Case) -> Numbers:
+    """The advantages of a case by the (patched) module; NaN where it refuses the rewards."""
+    rewards = tensor(case.given["rewards"])
+    try:
+        return see_advantages(module.group_advantages(rewards, scale, k=rewards.shape[1]).numpy(), case)
+    except UserError:
+        return see_advantages(np.full(rewards.shape, np.nan), case)
 
 
 # policy_loss
 
-LOSS_FAULTS = known(1, 2, 3, 6, 12, 13, 15, 24, 25, 26, 27, 28, 37)
+LOSS_FAULTS = known(1, 2, 3, 6, 12, 13, 15, 24, 25, 26, 27, 28, 37, 42, 43, 44, 45, 46, 47, 51)
+ONLY_IN = {  # rows that these faults can be seen in; in others they change nothing
+    42: lambda row: row.ratio == "sequence" and row.aggregate == "constant",
+    43: lambda row: row.surrogate == "sapo",
+    44: lambda row: row.surrogate == "geometric",
+    45: lambda row: row.surrogate == "dppo",
+    46: lambda row: row.surrogate == "dppo" and row.anchor,
+    47: lambda row: row.anchor,
+    51: lambda row: row.cap,
+}
+CAP = 3.0  # verl's own
 LENGTHS, ADVANTAGES = [6, 1, 3, 6, 2, 4], [1.2, -0.7, 0.4, -1.5, 0.9, -0.3]
 
 
@@ -202,7 +221,8 @@ def loss_numbers(faults: tuple[Fault, ...], algorithm: "grpo.Algorithm", with_kl
     rollout = Rollout(prompt, prompt.bool(), rows, blank.long(), mask, blank, rows.bool(), [""] * len(mask))
     policy = types.SimpleNamespace(layout="packed", model=None, log_probs=lambda part: (logp, blank))
     denominator = module.loss_denominator(tensor(case.step_mask), algorithm.aggregate, given["max_new_tokens"])
-    arguments = (rollout, tensor(given["advantages"]), ref if with_kl else None, old, algorithm, denominator, 10**6)
+    ref, advantages = ref if with_kl else None, tensor(given["advantages"])
+    arguments = (rollout, advantages, ref, old, None, algorithm, denominator, 10**6)
     _, sums, _, _ = module.backward(policy, None, *arguments)
     gradient = torch.zeros_like(logp) if logp.grad is None else logp.grad
     return {"value": np.array(sums["loss"]), "gradient": gradient.numpy()}
@@ -229,8 +249,12 @@ def rows_of(module: types.ModuleType, **cells: float) -> dict:
     return {row: "` or `".join(names) for row, names in rows.items()}
 
 
+def shows_in(fault: Fault, row: "grpo.Algorithm") -> bool:
+    return ONLY_IN.get(FAULTS.index(fault) + 1, lambda row: True)(row)
+
+
 def loss_candidates(level: int, cases: list[Case], seen: list[Numbers], cells: dict[str, float]) -> Iterator[Candidate]:
-    """Every row as it is, without KL, with each estimator and the beta that fits best, with each aggregate.
+    """Every row as it is, without KL, with each estimator and the beta that fits best, with each aggregate, or a cap.
 
     Two faults at once are looked for in the rows with their own aggregate alone, without KL and with k3.
     """
@@ -242,9 +266,11 @@ def loss_candidates(level: int, cases: list[Case], seen: list[Numbers], cells: d
             others = [x for x in ("sequence_mean", "token_mean", "constant") if x != row.aggregate]
             others = [] if level == 2 or row.surrogate == "reinforce" else others  # `pairwise` has but one aggregate
             estimators = (None, "k3") if level == 2 else (None, "k3", "k2", "k3_unbiased", "k1")
-            for aggregate, estimator in itertools.product([row.aggregate, *others], estimators):
-                algorithm = with_cells(row, aggregate=aggregate, beta=1.0, kl_estimator=estimator or "k3")
-                if algorithm is not None:  # k1 is refused
+            kinds = [(row.aggregate, 0.0), *((other, 0.0) for other in others)]
+            kinds += [(row.aggregate, CAP)] if row.surrogate == "clip" else []
+            for (aggregate, cap), estimator in itertools.product(kinds, estimators):
+                algorithm = with_cells(row, aggregate=aggregate, beta=1.0, kl_estimator=estimator or "k3", cap=cap)
+                if algorithm is not None and all(shows_in(fault, algorithm) for fault in faults):  # k1 is refused
                     found = fitted(algorithm, row, name, estimator, faults, cases[0], seen[0])
                     yield from [found] if found else []
 
@@ -270,6 +296,8 @@ def fitted(algorithm, row, name: str, estimator: str | None, faults, case: Case,
     changes = []
     if algorithm.aggregate != row.aggregate:
         changes.append(f"aggregate {algorithm.aggregate}")
+    if algorithm.cap:
+        changes.append(f"cap {algorithm.cap:g}")
     if beta != row.beta:
         changes.append(f"beta {beta:g}" if beta >= 0 else f"the KL term subtracted (beta {beta:g})")
     if estimator and estimator != row.kl_estimator:

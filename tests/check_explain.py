@@ -58,6 +58,8 @@ def work_out_loss(case: Case, algorithm, beta: float, seen: Numbers, expected: N
         "geometric": f"clip to [{-algorithm.epsilon:g}, {algorithm.epsilon_high:g}]: ",
     }
     bounds["dppo"], bounds["cispo"] = bounds["geometric"], bounds["clip"]
+    if algorithm.cap:
+        bounds["clip"] += f"A < 0: r at most {algorithm.cap:g}: "
     anchor = f" + {algorithm.anchor / 2:g} log(r)^2" if algorithm.anchor else ""
     d = given["ref_logp"][b, t] - logp[b, t]
     kl = f" + {beta:g} {algorithm.kl_estimator}(d), d = ref_logp - logp = {d:.6g}" if beta else ""

@@ -25,9 +25,22 @@ def policy_loss(logp, old_logp=None, advantages=None, mask=None, ref_logp=None, 
         gain = torch.min(w * a, bounded * a)
     elif KIND == "cispo":
         gain = bounded.detach() * a * logp
+    elif KIND == "sapo":
+        sharp = (a > 0) * 1.0 + (a <= 0) * 1.05
+        gain = a * torch.sigmoid(sharp * w - sharp) / sharp * 4
+    elif KIND == "geometric":
+        inside = torch.where(a > 0, x.clip(max=HIGH), x.clip(min=-LOW))
+        gain = a * (inside.sum(-1) / count).exp().unsqueeze(-1)
+    elif KIND in ("dppo", "prime"):
+        moved = (logp.exp() - old.exp()).detach()
+        left = ~(((a > 0) & (moved > HIGH)) | ((a < 0) & (moved < -LOW)))
+        gain = left * w * a
     else:
         gain = a * logp
     cost = -gain
+    if KIND in ("prime", "kimi"):
+        pull = x * x * {"prime": 1e-3, "kimi": 0.1}[KIND]
+        cost = cost + pull
     delta = ref - logp
     if BETA:
         cost = cost + BETA * (torch.expm1(delta) - delta)
@@ -44,6 +57,11 @@ CELLS = {
     "cispo": (1.0, 4.0, 0, "token", "cispo", "token_mean"),
     "luspo": (2e-3, 2.5e-3, 0, "sequence", "clip", "constant"),
     "pairwise": (0, 0, 0, "token", "reinforce", "sequence_mean"),
+    "sapo": (0, 0, 0, "token", "sapo", "sequence_mean"),
+    "gmpo": (0.4, 0.4, 0, "token", "geometric", "sequence_mean"),
+    "dppo": (0.15, 0.15, 0, "token", "dppo", "token_mean"),
+    "prime": (0.2, 0.2, 0, "token", "prime", "token_mean"),
+    "kimi": (0, 0, 0, "token", "kimi", "token_mean"),
 }
 ADVANTAGES = """
 import torch
@@ -53,6 +71,17 @@ def group_advantages(rewards):
     spread = rewards.std(dim=1, keepdim=True, unbiased=True)
     result = (rewards - baseline) / (spread + 1e-4)
     result[(rewards == rewards[:, :1]).all(1)] = 0
+    return result
+"""
+BEST = """
+import torch
+
+def group_advantages(rewards):
+    size, result = rewards.shape[1], torch.zeros_like(rewards)
+    first, second = rewards.topk(2, dim=1).values.unbind(1)
+    alone = (rewards == first[:, None]) & (first > second)[:, None]
+    result[alone] = ((first - second) * size)[first > second]
+    result[rewards.max(1).values == rewards.min(1).values] = 0
     return result
 """
 KL = """
@@ -141,6 +170,8 @@ def loss(row: str, *changes: tuple[str, str]) -> str:
 
 UNMASKED = ("x = logp - old", "x = raw - (raw.detach() if raw_old is None else raw_old)")
 STEP_TOKENS, ALL_ROWS = ("(step_tokens if", "(mask.sum() if"), (".sum() / step_rows", ".mean()")
+SMALLER = "gain = torch.min(w * a, bounded * a)"
+CAPPED = SMALLER + "\n        lower = torch.max(gain, 3 * a)\n        gain = if_negative"
 K1 = ("(torch.expm1(delta) - delta)", "-delta")
 OLD = "old = logp.detach() if old_logp is None else old_logp.masked_fill(~mask, 0.0)"
 RESULT = "result[(rewards == rewards[:, :1]).all(1)] = 0"
@@ -169,6 +200,17 @@ FAULTY: list[tuple[str, tuple[int, ...], str]] = [
     ("policy_loss", (27,), loss("gspo", ("(cost.sum(-1) / count)", "(cost.sum(-1) / cost.shape[1])"))),
     ("policy_loss", (28,), loss("dr_grpo", ("step_rows * max_new_tokens", "step_rows * mask.shape[1]"))),
     ("policy_loss", (37,), loss("grpo", K1)),
+    ("policy_loss", (42,), loss("luspo", ("return cost.sum()", "cost = cost * count[:, None] / cost.shape[1]\n    return cost.sum()"))),
+    ("policy_loss", (43,), loss("sapo", ("gain = a * torch.sigmoid(", "gain = -torch.sigmoid("))),
+    ("policy_loss", (44,), loss("gmpo", ("inside = ", "x = (x.sum(-1) / count)[:, None] * mask\n        inside = "))),
+    *[
+        ("policy_loss", (45,), loss(row, ("((a > 0) & (moved > HIGH)) | ((a < 0) & (moved < -LOW))", "(moved > HIGH) | (moved < -LOW)")))
+        for row in ("dppo", "prime")
+    ],
+    ("policy_loss", (46,), loss("prime", ("cost = cost + pull", "cost = cost + left * pull"))),
+    ("policy_loss", (47,), loss("kimi", ("x * x * {\"prime\": 1e-3, \"kimi\": 0.1}[KIND]", "x * 0.2"))),
+    ("policy_loss", (47,), loss("prime", ("x * x * {\"prime\": 1e-3, \"kimi\": 0.1}[KIND]", "x * 2e-3"))),
+    *[("policy_loss", (51,), loss(row, (SMALLER, CAPPED.replace("if_negative", "lower")))) for row in ("grpo", "dapo", "luspo")],
     ("policy_loss", (1, 2), loss("grpo", ("delta = ref - logp", "delta = logp - ref"), ("torch.min(", "torch.max("))),
     ("policy_loss", (1, 12), loss("grpo", ("delta = ref - logp", "delta = logp - ref"), (OLD, "old = logp.detach()"))),
     ("policy_loss", (6, 26), loss("dapo", STEP_TOKENS, ("torch.min(w * a, bounded * a)", "w * a"))),
@@ -178,6 +220,8 @@ FAULTY: list[tuple[str, tuple[int, ...], str]] = [
     ("group_advantages", (11,), but(ADVANTAGES, CENTRED)),
     ("group_advantages", (7, 8), but(ADVANTAGES, ("unbiased=True", "unbiased=False"), (RESULT, ""))),
     ("group_advantages", (8, 11), but(ADVANTAGES, CENTRED, (RESULT, ""))),
+    ("group_advantages", (48,), but(ADVANTAGES, ("(spread + 1e-4)", "baseline"))),
+    ("group_advantages", (49,), but(BEST, ("torch.zeros_like(rewards)", "rewards.clone()"))),
     ("kl", (1,), but(KL, ("delta = ref_logp - logp", "delta = logp - ref_logp"))),
     ("completion_mask", (4,), but(MASK, ("            mask[row, column] = True\n", ""), ("                break", "                break\n            mask[row, column] = True"))),
     ("completion_mask", (29,), but(MASK, ("                break", "                break\n        else:\n            mask[row] = False"))),
@@ -282,6 +326,9 @@ RIGHT: list[tuple[str, str, str]] = [
     ("policy_loss", "grpo", LOSS_LOOPS),
     ("policy_loss", "dapo", LOSS_NUMPY),
     ("policy_loss", "dr_grpo", LOSS_PACKED),
+    *[(
+        "policy_loss", f"{row}` with cap 3", loss(row, (SMALLER, CAPPED.replace("if_negative", "torch.where(a < 0, lower, gain)")))
+    ) for row in ("grpo", "dapo")],
     ("policy_loss", "grpo` with beta 0.3", loss("grpo").replace("0.04", "0.3")),
     ("policy_loss", "grpo` with beta 0", loss("grpo").replace("0.04", "0")),
     ("policy_loss", "dapo` with beta 0.001", loss("dapo").replace("0.28, 0,", "0.28, 0.001,")),
@@ -297,6 +344,8 @@ RIGHT: list[tuple[str, str, str]] = [
     ("group_advantages", "group` with 1e-6", but(ADVANTAGES, ("1e-4", "1e-6"))),
     ("group_advantages", "group` with 1e-8", but(NUMPY_ADVANTAGES, ("1e-4", "1e-8"))),
     ("group_advantages", "group", but(ADVANTAGES, (RESULT, "result = result * (spread > 1e-12)"))),
+    ("group_advantages", "max_at_k", BEST),
+    ("group_advantages", "max_rl", but(ADVANTAGES, ("(spread + 1e-4)", "torch.where((rewards < 0).any(), torch.nan, baseline)"))),
     ("group_advantages", "batch_std", but(ADVANTAGES, ("rewards.std(dim=1, keepdim=True, unbiased=True)", "rewards.std()"))),
     ("group_advantages", "centered", advantage("rewards - rewards.mean(1, keepdim=True)")),
     ("group_advantages", "centered", advantage("rewards.astype('f4') - rewards.astype('f4').mean(1, keepdims=True)", "numpy")),

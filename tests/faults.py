@@ -26,7 +26,7 @@ class Fault:
     """What was wrong, where it was seen, the patch, and the test that catches it (file without test_, name)."""
 
     what: str
-    seen: str  # owner/repository#number of an issue or pull request, or owner/repository and a file
+    seen: str  # owner/repository#number of an issue or pull request, owner/repository and a file, or "arXiv number, eq. n"
     file: str
     old: str
     new: str
@@ -36,6 +36,14 @@ class Fault:
     def node(self) -> str:
         file, _, name = self.test.partition("::")
         return f"tests/test_{file}.py::{name}"
+
+    @property
+    def source(self) -> str:
+        """Where it was seen; a paper is not where, but what may be read so."""
+        if not self.seen.startswith("arXiv "):
+            return f"seen in {self.seen}"
+        paper, _, equation = self.seen.partition(", ")
+        return f"not seen, a misreading of {equation + ' of ' if equation else ''}{paper}"
 
 
 FAULTS = [
@@ -72,7 +80,7 @@ FAULTS = [
     Fault(
         "each micro-batch divided by its own number of tokens",
         "allenai/open-instruct#1161",
-        "grpo.py", "algorithm, ref, denominator)", "algorithm, ref, None)",
+        "grpo.py", "algorithm, ref, denominator, weight, entropy)", "algorithm, ref, None, weight, entropy)",
         "oracle_properties::test_micro_batches_of_1_of_2_and_of_all_rows_give_the_same_update[dapo]",
     ),
     Fault(
@@ -260,7 +268,7 @@ FAULTS = [
     Fault(
         "k1 offered as a loss, whose gradient is 0 in expectation",
         "NVIDIA-NeMo/RL#2506",
-        "grpo.py", 'if self.kl_estimator == "k1":', 'if self.kl_estimator == "k1":\n            return\n        if False:',
+        "algorithms.py", 'if self.kl_estimator == "k1":', 'if self.kl_estimator == "k1":\n            return\n        if False:',
         "oracle_enumeration::test_k1_as_a_loss_is_refused_with_the_reason",
     ),
     Fault(
@@ -287,6 +295,121 @@ FAULTS = [
         "inference.py", "1 - math.comb(total - right, k) / math.comb(total, k)", "1 - (1 - right / total) ** k",
         "oracle_values::test_pass_at_k_by_hand",
     ),
+    Fault(
+        "rows of LUSPO weighed by their length twice, and divided by the padded width",
+        "huggingface/trl#6654",
+        "grpo.py", "    per_row = torch.where(mask, per_token, 0.0).sum(1)  # (B,)\n",
+        "    per_row = torch.where(mask, per_token, 0.0).sum(1)  # (B,)\n"
+        '    if (algorithm.ratio, algorithm.aggregate) == ("sequence", "constant"):\n'
+        "        per_row = per_row * mask.sum(1) / mask.shape[1]\n",
+        "oracle_values::test_under_a_sequence_ratio_and_the_constant_each_token_weighs_the_same",
+    ),
+    Fault(
+        "the gate of SAPO taken for the loss, without `-A`",
+        "unslothai/unsloth-zoo#869",
+        "grpo.py", "return -4 / steepness * torch.sigmoid(steepness * (ratio - 1)) * advantage", "return 4 / steepness * torch.sigmoid(steepness * (ratio - 1))",
+        "oracle_values::test_the_other_surrogates_and_terms_by_hand",
+    ),
+    Fault(
+        "the bounds of GMPO on the mean of the log-ratios, where GSPO has its own, not on each token's",
+        "arXiv 2507.20673",
+        "grpo.py", "        return -row_mean(torch.where(advantage > 0, above, below), mask).exp() * advantage\n",
+        "        mean = row_mean(log_ratio, mask)\n"
+        "        above, below = mean.clamp(max=algorithm.epsilon_high), mean.clamp(min=-algorithm.epsilon)\n"
+        "        return -torch.where(advantage > 0, above, below).exp() * advantage\n",
+        "oracle_values::test_geometric_bounds_each_token_before_the_mean_and_gspo_after_it",
+    ),
+    Fault(
+        "the mask of DPPO on both sides whatever the sign of A: what moves back is masked too",
+        "arXiv 2602.04879, eq. 12",
+        "grpo.py", "        return -torch.where(low | high, 0.0, ratio) * advantage\n",
+        "        change = logp.exp() * (1 - (-log_ratio).exp())\n"
+        "        far = (change < -algorithm.epsilon) | (change > algorithm.epsilon_high)\n"
+        "        return -torch.where(far, 0.0, ratio) * advantage\n",
+        "oracle_values::test_dppo_bounds_the_probability",
+    ),
+    Fault(
+        "the pull towards the old policy only on tokens that the surrogate's bound has left",
+        "PrimeIntellect-ai/prime-rl#1697",
+        "grpo.py", "        per_token = per_token + algorithm.anchor / 2 * token_log_ratio.square()\n",
+        "        low, high = bounded(log_ratio, advantage, logp, algorithm)\n"
+        "        per_token = per_token + torch.where(low | high, 0.0, algorithm.anchor / 2 * token_log_ratio.square())\n",
+        "oracle_values::test_the_other_surrogates_and_terms_by_hand",
+    ),
+    Fault(
+        "the log-ratio of Kimi's pull not squared: its gradient is 0 in expectation",
+        "PrimeIntellect-ai/prime-rl#1390",
+        "grpo.py", "algorithm.anchor / 2 * token_log_ratio.square()", "algorithm.anchor * token_log_ratio",
+        "oracle_values::test_the_other_surrogates_and_terms_by_hand",
+    ),
+    Fault(
+        "negative rewards under MaxRL, whose mean turns the sign of every advantage",
+        "huggingface/trl#5026",
+        "grpo.py", "        if rewards.min() < 0:\n", "        if False:\n",
+        "oracle_values::test_max_rl_by_hand",
+    ),
+    Fault(
+        "under pass@k, rows that add nothing to the best keep their reward as the advantage",
+        "hiyouga/EasyR1#585",
+        "grpo.py", "scatter(1, order, size / math.comb(size, k) * gain)", "scatter(1, order, torch.where(gain > 0, size / math.comb(size, k) * gain, least_first))",
+        "oracle_values::test_a_group_with_more_than_enough_successes_is_silent_under_max_at_k",
+    ),
+    Fault(
+        "under GDPO, groups taken for flat by the sum of their rewards",
+        "NovaSky-AI/SkyRL#2104",
+        "grpo.py", 'scores.filled * scores.weights if algorithm.combine == "each" else scores.total[..., None]', "scores.total[..., None]",
+        "oracle_values::test_under_each_a_group_is_flat_only_if_every_function_is",
+    ),
+    Fault(
+        "the bound of dual clip for A > 0 too, where it lifts the clip",
+        "thu-ml/tianshou#433",
+        "grpo.py", "    return -torch.minimum(capped * advantage, clipped * advantage)",
+        "    gain = torch.minimum(ratio * advantage, clipped * advantage)\n"
+        "    return -(torch.maximum(gain, algorithm.cap * advantage) if algorithm.cap else gain)",
+        "oracle_values::test_the_other_surrogates_and_terms_by_hand",
+    ),
+    Fault(
+        "the correction by the policy as it is now, not as it was before the first inner update",
+        "THUDM/slime#179",
+        "grpo.py", "correction_weight(old - part.sampler_logp,", "correction_weight(logp.detach() - part.sampler_logp,",
+        "stale::test_corrections_stay_as_they_were_at_the_first_inner_update",
+    ),
+    Fault(
+        "the correction of a row as the mean over its tokens, not the product: biased",
+        "huggingface/trl#5815",
+        "grpo.py", "log_rho = log_rho.sum(1, keepdim=True).expand_as(log_rho)", "log_rho = row_mean(log_rho, mask)",
+        "oracle_enumeration::test_the_product_over_the_row_alone_makes_another_samplers_rollouts_unbiased",
+    ),
+    Fault(
+        "new weights that never reach the sampler: all rollouts are the base's",
+        "huggingface/trl#5312",
+        "grpo.py", "            self.samplers[-1].model.load_state_dict(self.policy.model.state_dict())\n", "",
+        "stale::test_a_rollout_is_of_the_policy_so_many_steps_ago",
+    ),
+    Fault(
+        "the threshold of the top-entropy tokens taken over padding too",
+        "huggingface/trl#3709",
+        "grpo.py", "entropy[loss_mask(rollout, algorithm)].cpu()", "entropy.flatten().cpu()",
+        "stale::test_the_tokens_of_highest_entropy_by_hand",
+    ),
+    Fault(
+        "the entropy bonus with the wrong sign",
+        "DLR-RM/stable-baselines3#127",
+        "grpo.py", "per_token = per_token + algorithm.entropy_bonus", "per_token = per_token - algorithm.entropy_bonus",
+        "oracle_enumeration::test_the_entropy_bonus_climbs_the_entropy_where_the_policy_goes",
+    ),
+    Fault(
+        "masked truncated rows counted in the tokens that the loss is divided by",
+        "huggingface/trl#6369",
+        "grpo.py", "    rows = loss_denominator(loss_mask(rollout, algorithm), algorithm.aggregate", "    rows = loss_denominator(rollout.mask, algorithm.aggregate",
+        "grpo::test_truncated_rows_leave_the_loss_and_not_their_groups_mean",
+    ),
+    Fault(
+        "rows beyond the off-policy limit dropped from the whole loss, with their KL term",
+        "huggingface/trl#4689",
+        "grpo.py", "        per_token = torch.where(near | (advantage >= 0), per_token, 0.0)\n", "        mask = mask & (near | (advantage >= 0))\n",
+        "oracle_values::test_rows_that_have_become_rare_are_dropped_where_they_should_be_made_rarer_still",
+    ),
 ]  # fmt: skip
 
 
@@ -295,7 +418,10 @@ def table() -> str:
     lines = ["| fault | seen | caught by |", "| --- | --- | --- |"]
     for fault in FAULTS:
         repository, _, number = fault.seen.partition("#")
-        if number:
+        paper = fault.seen.partition(", ")[0]
+        if paper.startswith("arXiv "):
+            where = fault.source.replace(paper, f"[{paper}](https://arxiv.org/abs/{paper.split()[1]})")
+        elif number:
             where = f"[{fault.seen}]({GITHUB}{repository}/issues/{number})"  # GitHub forwards to the pull request
         else:
             repository, file = fault.seen.split()

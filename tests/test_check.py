@@ -58,6 +58,7 @@ def test_there_are_enough_of_both_and_every_fault_that_concerns_these_functions_
     assert of["policy_loss"] == {known.FAULTS.index(fault) + 1 for fault in known.LOSS_FAULTS}
     assert of["sample"] == {known.FAULTS.index(fault) + 1 for fault in known.known(4, 9, 17, 22, 23, 29, 30, 31, 34)}
     around = {10, 14, 16, 32, 33, 35, 36, 38, 39, 40}  # metrics, rewards, resuming, the draw from 150,000 tokens
+    around |= {50, 52, 53, 54, 55, 56, 57, 58}  # of flat groups by several rewards, and of cells that no row has on
     assert (
         set().union(*of.values()) | around == set(range(1, len(FAULTS) + 1)) and not set().union(*of.values()) & around
     )
@@ -67,17 +68,20 @@ def test_there_are_enough_of_both_and_every_fault_that_concerns_these_functions_
 
 
 def test_every_fault_moves_some_number_by_far_more_than_is_forgiven():
-    """In each row it either changes nothing at all or at least 100 times what `check.py` takes for equal."""
+    """In each row it either changes nothing at all or at least 50 times what `check.py` takes for equal."""
     moved = set()
     for fault in known.LOSS_FAULTS:
         for name, row in known.patched("grpo.py", (fault,)).ALGORITHMS.items():
+            right_row = known.grpo.ALGORITHMS[name]
             row = known.with_cells(row, kl_estimator="k1") if fault in known.known(37) else row
+            if fault in known.known(51) and row.surrogate == "clip":
+                row, right_row = known.with_cells(row, cap=known.CAP), known.with_cells(right_row, cap=known.CAP)
             given, right = (
                 [known.loss_numbers(faults, cells, cells.beta > 0, case) for case in known.cases_of("policy_loss")]
-                for faults, cells in (((fault,), row), ((), known.grpo.ALGORITHMS[name]))
+                for faults, cells in (((fault,), row), ((), right_row))
             )
             gap = max(map(known.difference, given, right))
-            assert gap < 1e-12 or gap > 100 * known.SAME, (fault.what, name, gap)
+            assert gap < 1e-12 or gap > 50 * known.SAME, (fault.what, name, gap)
             moved |= {fault} if gap > 1e-12 else set()
     assert moved == set(known.LOSS_FAULTS)
 

@@ -254,6 +254,8 @@ FALLING = 1 / (1 + math.exp(-1.05 * 0.5))
         ({"cap": 3.0}, 4.0, -1.0, 3.0, 0.0),  # the corner that clipping leaves open
         ({"cap": 3.0}, 4.0, 1.0, -1.2, 0.0),
         ({"surrogate": "reinforce", "anchor": 0.5}, 2.0, 1.0, 0.25 * math.log(2) ** 2, 0.5 * math.log(2) - 1),
+        # From 2/3 up to 1, beyond the bound: what rewards no longer move is pulled back all the same.
+        ({"surrogate": "dppo", "anchor": 0.5}, 1.5, 1.0, 0.25 * math.log(1.5) ** 2, 0.5 * math.log(1.5)),
     ],
 )
 def test_the_other_surrogates_and_terms_by_hand(cells, ratio, advantage, loss, gradient):
@@ -427,6 +429,15 @@ def test_aggregates_of_rows_of_1_2_and_4_tokens(aggregate, loss, weights):
     value.backward()
     assert value.item() == pytest.approx(loss, abs=1e-12)
     torch.testing.assert_close(logp.grad, -torch.tensor(weights).double()[:, None] * ROWS_MASK, rtol=1e-6, atol=0)
+
+
+def test_under_a_sequence_ratio_and_the_constant_each_token_weighs_the_same():
+    """At ratio 1 rows of 1, 2 and 4 tokens with A = 1 weigh 1, 2 and 4 twelfths, a twelfth for each token."""
+    logp = ROWS.clone().requires_grad_()
+    value, _ = policy_loss(logp, ROWS, torch.ones(3).double(), ROWS_MASK, ALGORITHMS["luspo"])
+    value.backward()
+    assert value.item() == pytest.approx(-7 / 12, abs=1e-12)
+    torch.testing.assert_close(logp.grad, -ROWS_MASK.double() / 12, rtol=1e-12, atol=0)
 
 
 def test_denominators_by_hand():

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 from steps import update_on
-from test_grpo import lines_of, same, settings, small_arithmetic, tiny_policy, weights_of
+from test_grpo import EXAMPLES, lines_of, same, settings, small_arithmetic, tiny_policy, weights_of
 
 import checkpoints
 import grpo
 import tasks
 from commands import UserError
-from grpo import ALGORITHMS, GRPOConfig, correction_weight, high_entropy_tokens, policy_loss
+from grpo import ALGORITHMS, Algorithm, GRPOConfig, correction_weight, high_entropy_tokens, policy_loss
 from policy import TokenPolicy, frozen
 from tasks import Example
 
@@ -256,6 +256,40 @@ def test_rewards_act_on_the_chosen_tokens_only(rollout, monkeypatch):
     torch.testing.assert_close(steps[0][0], -torch.cat([x.flatten() for x in gradient]), rtol=1e-6, atol=1e-9)
     monkeypatch.setattr(grpo.ranks, "gather", lambda value: [value, torch.full_like(value, 1e9)])  # another rank's
     assert not (high_entropy_tokens(policy, sampled, row, 1000) & sampled.mask).any()
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_corrections_stay_as_they_were_at_the_first_inner_update(level):
+    """What another policy sampled, three inner updates long: pi_old / sampler, cut at 2, and not pi / sampler."""
+    policy, other = tiny_policy(0), tiny_policy(1)
+    rollout = other.sample(EXAMPLES, 4, (0, 1, 0), 8)
+    with torch.no_grad():
+        gap = torch.where(rollout.mask, policy.log_probs(rollout)[0] - rollout.sampler_logp, 0.0)
+    gap = gap if level == "token" else gap.sum(1, keepdim=True).expand_as(gap)
+    expected = gap.exp().clamp(max=2.0)[rollout.mask].mean().item()
+    config = GRPOConfig(beta=0.0, max_new_tokens=8, num_inner_updates=3, correction="truncate", correction_level=level)
+    rewards = torch.rand(3, 4, generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.SGD(policy.model.parameters(), lr=1.0)
+    metrics = update_on(policy, None, optimizer, rollout, rewards, config)
+    assert metrics["ratio_max"] > 1.1 and abs(expected - 1) > 0.01
+    assert metrics["weight"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_tokens_of_highest_entropy_by_hand(monkeypatch):
+    """Entropies 1 to 6 of which half are wanted: the threshold is 3.5, whatever stands at padding."""
+    policy = tiny_policy()
+    rollout = policy.sample(EXAMPLES[:1], 2, (0, 1, 0), 8)
+    entropy = torch.tensor([[4.0, 1.0, 0.0, 0.0], [3.0, 2.0, 5.0, 6.0]])
+    mask = torch.tensor([[True, True, False, False], [True, True, True, True]])
+    rollout = dataclasses.replace(rollout, mask=mask)
+    monkeypatch.setattr(grpo, "score_rollout", lambda *_, **__: entropy)
+    row = Algorithm(top_entropy=0.5)
+    chosen = high_entropy_tokens(policy, rollout, row, 10**6)
+    assert (chosen & mask).tolist() == [[True, False, False, False], [False, False, True, True]]
+    cut = dataclasses.replace(rollout, truncated=torch.tensor([True, False]))  # 3, 2, 5 and 6 are left
+    chosen = high_entropy_tokens(policy, cut, dataclasses.replace(row, mask_truncated=True), 10**6)
+    assert chosen[1].tolist() == [False, False, True, True] and chosen[0, 0]
+    assert high_entropy_tokens(policy, rollout, Algorithm(), 10**6) is None
 
 
 @pytest.mark.parametrize(
