@@ -42,7 +42,7 @@ import ranks
 import runs
 import sft
 import states
-from algorithms import ALGORITHMS, Algorithm
+from algorithms import ALGORITHMS, Algorithm, correction_weight, max_at_k, pairwise_advantages
 from checkpoints import choose_device, dry_run, introduce, is_toy, load, open_policy, save
 from commands import NotFinite, UserError, option, out_of_memory
 from inference import evaluate_run, make_scorer, measure_rollout, report, show_number
@@ -213,22 +213,6 @@ def policy_loss(
     return per_row.sum() / denominator, loss_metrics(logp, ref_logp, log_ratio, advantage, mask, algorithm)
 
 
-def correction_weight(log_rho: torch.Tensor, mask: torch.Tensor, algorithm: Algorithm) -> torch.Tensor:
-    """Importance weights rho (B, T) of tokens that another policy sampled: an older one, or a cheaper copy.
-
-    `log_rho` (B, T) is old_logp minus the sampler's log-probability. By `correction_level` rho is each token's, or the
-    product over the row, which alone makes the gradient unbiased, if it is not bounded; by `correction` it is held
-    below `correction_high` (truncated importance sampling, Ionides 2008), or 0 out of bounds (IcePop).
-    """
-    log_rho = torch.where(mask, log_rho, 0.0)
-    if algorithm.correction_level == "sequence":
-        log_rho = log_rho.sum(1, keepdim=True).expand_as(log_rho)
-    rho = log_rho.exp()
-    if algorithm.correction == "truncate":
-        return rho.clamp(max=algorithm.correction_high)
-    return torch.where((rho >= algorithm.correction_low) & (rho <= algorithm.correction_high), rho, 0.0)
-
-
 @torch.no_grad()
 def bounded(log_ratio, advantage, logp, algorithm: Algorithm) -> tuple[torch.Tensor, torch.Tensor]:
     """The tokens (B, T) from which the surrogate's lower and its upper bound take the gradient."""
@@ -262,23 +246,6 @@ def loss_metrics(logp, ref_logp, log_ratio, advantage, mask, algorithm: Algorith
     return metrics
 
 
-def pairwise_advantages(rewards: torch.Tensor, mean_logp: torch.Tensor, strength: float) -> torch.Tensor:
-    """Advantages (P, G) that make the `reinforce` loss follow a preference of winners over losers, without gradient.
-
-    Winners W have the largest reward (P, G) of their group, L are the others. The objective is the mean over the groups
-    with both of the mean over pairs of -log sigmoid(strength * (mean_logp[w] - mean_logp[l])), mean_logp (P, G) being
-    mean log-probabilities per token (Bradley-Terry; DPO, arXiv 2305.18290, without reference). Its derivative by
-    mean_logp, times minus the number of rows since the loss takes their mean, is the advantage.
-    """
-    best = rewards.nan_to_num(nan=-math.inf).amax(1, keepdim=True)
-    wins, loses = rewards == best, rewards < best  # neither of which NaN does
-    pairs = (wins[:, :, None] & loses[:, None, :]).to(mean_logp.dtype)  # (P, G, G): winner, loser
-    share = pairs / pairs.sum((1, 2), keepdim=True).clamp(min=1) / pairs.any(2).any(1).sum().clamp(min=1)
-    difference = mean_logp.detach()[:, :, None] - mean_logp.detach()[:, None, :]
-    pull = strength * torch.sigmoid(-strength * difference) * share
-    return rewards.numel() * (pull.sum(2) - pull.sum(1))
-
-
 def mixed_advantages(scores: Scores, algorithm: Algorithm) -> torch.Tensor:
     """Advantages (P, G) of the total reward or, by `combine` each, the weighted sum of each function's own.
 
@@ -293,19 +260,6 @@ def mixed_advantages(scores: Scores, algorithm: Algorithm) -> torch.Tensor:
     if algorithm.advantage == "batch_std":
         total = total / (moments(total.view(1, -1), scores.known.view(1, -1))[1] + 1e-4)
     return total
-
-
-def max_at_k(rewards: torch.Tensor, k: int) -> torch.Tensor:
-    """Advantages (P, G) whose gradient is that of the expected best of k, without bias (PKPO, arXiv 2505.15201).
-
-    Sorted from the least R_1 up: G / C(G, k) * sum over j < i of C(j - 1, k - 2) * (R_i - R_j), the gain over j of the
-    subsets of k in which i is the best and j the second.
-    """
-    size = rewards.shape[1]
-    least_first, order = rewards.double().sort(1)
-    weight = torch.tensor([math.comb(j, k - 2) for j in range(size)], dtype=torch.float64, device=rewards.device)
-    gain = least_first * (weight.cumsum(0) - weight) - ((weight * least_first).cumsum(1) - weight * least_first)
-    return torch.zeros_like(gain).scatter(1, order, size / math.comb(size, k) * gain).to(rewards.dtype)
 
 
 def train_step(run: "GRPORun", step: int) -> dict[str, float]:

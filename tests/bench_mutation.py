@@ -45,7 +45,9 @@ ALWAYS = ("test_survivors.py",)
 
 # (file, functions, test files): the one thing to change when code moves.
 TABLE = [
-    ("grpo.py", "group_advantages is_flat pairwise_advantages kl_penalty loss_denominator policy_loss", VALUES),
+    ("grpo.py", "group_advantages is_flat kl_penalty loss_denominator policy_loss", VALUES),
+    ("algorithms.py", "pairwise_advantages max_at_k", VALUES),
+    ("algorithms.py", "correction_weight", (*VALUES, "test_stale.py")),
     ("grpo.py", "GRPORun.reason_to_stop surrogate loss_metrics", VALUES),
     ("inference.py", "measure_rollout", VALUES),
     ("tasks.py", "take_prompts", VALUES),

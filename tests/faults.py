@@ -128,7 +128,7 @@ FAULTS = [
     Fault(
         "an advantage that carries gradient",
         "ChenRocks/fast_abs_rl#49",
-        "grpo.py", "mean_logp.detach()[:, :, None] - mean_logp.detach()[:, None, :]", "mean_logp[:, :, None] - mean_logp[:, None, :]",
+        "algorithms.py", "mean_logp.detach()[:, :, None] - mean_logp.detach()[:, None, :]", "mean_logp[:, :, None] - mean_logp[:, None, :]",
         "oracle_enumeration::test_pairwise_coefficients_are_the_objectives_derivative",
     ),
     Fault(
@@ -351,7 +351,7 @@ FAULTS = [
     Fault(
         "under pass@k, rows that add nothing to the best keep their reward as the advantage",
         "hiyouga/EasyR1#585",
-        "grpo.py", "scatter(1, order, size / math.comb(size, k) * gain)", "scatter(1, order, torch.where(gain > 0, size / math.comb(size, k) * gain, least_first))",
+        "algorithms.py", "scatter(1, order, size / math.comb(size, k) * gain)", "scatter(1, order, torch.where(gain > 0, size / math.comb(size, k) * gain, least_first))",
         "oracle_values::test_a_group_with_more_than_enough_successes_is_silent_under_max_at_k",
     ),
     Fault(
@@ -377,7 +377,7 @@ FAULTS = [
     Fault(
         "the correction of a row as the mean over its tokens, not the product: biased",
         "huggingface/trl#5815",
-        "grpo.py", "log_rho = log_rho.sum(1, keepdim=True).expand_as(log_rho)", "log_rho = row_mean(log_rho, mask)",
+        "algorithms.py", "log_rho = log_rho.sum(1, keepdim=True).expand_as(log_rho)", "log_rho = row_mean(log_rho, mask)",
         "oracle_enumeration::test_the_product_over_the_row_alone_makes_another_samplers_rollouts_unbiased",
     ),
     Fault(
