@@ -12,10 +12,7 @@ import torch
 import commands
 from commands import UserError, option
 
-OFF = (  # cells whose default is to do nothing, and which are shown where they do something
-    *("max_resample", "overlong_buffer", "combine", "cap", "anchor", "off_policy_limit", "mask_truncated"),
-    *("correction", "top_entropy", "entropy_bonus"),
-)
+NOTHING = (0, 1, "none", "sum")  # defaults by which a cell does nothing, and is not shown
 
 
 @dataclass(frozen=True)
@@ -46,15 +43,17 @@ class Algorithm:
     cap: float = option(0.0, "The ratio is held below this where A < 0, too; 0 is off.", "algorithm")
     anchor: float = option(0.0, "Weight of half the squared log-ratio, towards the old policy.", "algorithm")
     off_policy_limit: float = option(
-        0.0, "Rows with A < 0 whose mean log-ratio is below minus this are dropped; 0 is off.", "algorithm"
+        0.0, "Rows with A < 0 are dropped once inner updates lower their mean log-ratio by this; 0 is off.", "algorithm"
     )
     mask_truncated: bool = option(False, "Leave truncated completions out of the loss.", "algorithm")
     correction: Literal["none", "truncate", "mask"] = option(
-        "none", "Weights for what another policy sampled: pi_old / sampler, at most so large, or 0 beyond.", "algorithm"
+        "none", "Importance weights of what an older or cheaper policy sampled, truncated or masked.", "algorithm"
     )
-    correction_level: Literal["token", "sequence"] = option("token", "The weight of each token, or row.", "algorithm")
-    correction_low: float = option(0.5, "Weights below this are masked.", "algorithm")
-    correction_high: float = option(2.0, "Weights above this are truncated, or masked.", "algorithm", above_zero=True)
+    correction_level: Literal["token", "sequence"] = option(
+        "token", "Each token's own weight, or their product over its row.", "algorithm"
+    )
+    correction_low: float = option(0.5, "By mask, weights below this become 0.", "algorithm")
+    correction_high: float = option(2.0, "Weights above this become this, or by mask 0.", "algorithm", above_zero=True)
     top_entropy: float = option(
         1.0,
         "Share of the tokens, those of highest entropy, that rewards act on.",
@@ -62,7 +61,7 @@ class Algorithm:
         above_zero=True,
         at_most=1,
     )
-    entropy_bonus: float = option(0.0, "Weight of the policy's entropy in what is ascended.", "algorithm")
+    entropy_bonus: float = option(0.0, "Weight of the tokens' entropy in what is ascended.", "algorithm")
 
     def __post_init__(self):
         commands.check_settings(self)
@@ -106,9 +105,9 @@ class Algorithm:
         return idle
 
     def __str__(self) -> str:
-        hidden = {*self.idle, *(f.name for f in fields(self) if f.name in OFF and getattr(self, f.name) == f.default)}
-        shown = [f.name for f in fields(self) if f.name not in hidden]
-        return ", ".join(f"{name.replace('_', ' ')} {getattr(self, name)}" for name in shown)
+        values = {f: getattr(self, f.name) for f in fields(self) if f.name not in self.idle}
+        shown = {f.name: value for f, value in values.items() if value != f.default or value not in NOTHING}
+        return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in shown.items())
 
 
 ALGORITHMS = {

@@ -339,19 +339,28 @@ class Plan:
         return "\n".join(lines)
 
 
+def copy_bytes(policy: TokenPolicy, dtype: torch.dtype) -> int:
+    """Bytes of a frozen copy: in bfloat16 linear layers have two a weight, embedding and output layer four."""
+    weights, config = sum(weight.numel() for weight in policy.model.parameters()), policy.model.config
+    tied = bool(getattr(config, "tie_word_embeddings", False))
+    return (
+        4 * weights if dtype == torch.float32 else 2 * (weights + config.vocab_size * config.hidden_size * (2 - tied))
+    )
+
+
 def plan(
     policy: TokenPolicy, rows: int, prompts: int, prompt_tokens: int, max_new_tokens: int, common: int = 0, **settings
 ) -> Plan:
     """The memory and work of a step of `rows` completions of `prompts` prompts, at full length.
 
-    All prompts begin with the same `common` tokens. `settings`: micro_batch_tokens, inner_updates, reference and
-    samplers (how many frozen copies), device. Counted is what a packed Llama keeps for the backward pass of its largest
-    micro-batch: seven vectors of the hidden size and four of the intermediate size for each token and layer, and the
-    padded queries, keys, values and scores of its attention.
+    All prompts begin with the same `common` tokens. `settings`: micro_batch_tokens, inner_updates, reference (how many
+    frozen copies), samplers (the dtype of each), device. Counted is what a packed Llama keeps for the backward pass of
+    its largest micro-batch: seven vectors of the hidden size and four of the intermediate size for each token and
+    layer, and the padded queries, keys, values and scores of its attention.
     """
     model, config = policy.model, policy.model.config
     low, layers, hidden = policy.dtype != torch.float32, config.num_hidden_layers, config.hidden_size
-    weights, size = sum(map(torch.numel, model.parameters())), 2 if low else 4
+    weights, size = sum(weight.numel() for weight in model.parameters()), 2 if low else 4
     inner, heads = getattr(config, "intermediate_size", None) or 4 * hidden, config.num_attention_heads
     width = getattr(config, "head_dim", None) or hidden // heads
     width *= getattr(config, "num_key_value_heads", None) or heads
@@ -367,20 +376,22 @@ def plan(
     kept = layers * tokens * hidden * 4 + layer if model.checkpointing else layers * layer
     whole, scores = getattr(model, "full_logits", False), batch * max_new_tokens * config.vocab_size
     most = scores if whole else policy.chunk_logits or most_logits(settings["device"])
-    tied = bool(getattr(config, "tie_word_embeddings", False))
-    # Low: linear layers in two bytes, embedding and output layer in four.
-    copy = 2 * (weights + config.vocab_size * hidden * (2 - tied)) if low else 4 * weights
     ours = isinstance(model, Llama)
     shared = ours and own >= Cache.share_from  # else each row has a copy of its prompt's keys and values
     seen = common + (prompts if shared else rows) * own + rows * max_new_tokens
     cache = 2 * size * layers * width * seen + 5 * 4 * rows * config.vocab_size
-    decoding = copy if low else 4 * weights * (ours and settings["device"].type == "cpu")  # weights made ready for it
+    decoding = (
+        copy_bytes(policy, policy.dtype) if low else 4 * weights * (ours and settings["device"].type == "cpu")
+    )  # weights made ready for it
     parts = {
         "process": (own_bytes(settings["device"]), "Python and its libraries"),
         "weights": (4 * weights, "a smaller --model"),
         "optimizer": (8 * weights, "a smaller --model"),
-        "reference": (copy * settings["reference"], "--dtype bfloat16, or --beta 0"),
-        "samplers": (4 * weights * settings.get("samplers", 0), "a smaller --rollout-lag"),
+        "reference": (copy_bytes(policy, policy.dtype) * settings["reference"], "--dtype bfloat16, or --beta 0"),
+        "samplers": (
+            sum(copy_bytes(policy, dtype) for dtype in settings["samplers"]),
+            "a smaller --rollout-lag, or none",
+        ),
         "sampling": (cache + decoding, "--batch-size, --num-generations or --max-new-tokens"),
         "gradients": ((6 if low else 4) * weights, "a smaller --model"),  # bfloat16: with autocast's copies
         "activations": (kept + 3 * tokens * inner * size, "--gradient-checkpointing, then --micro-batch-tokens"),
@@ -429,10 +440,11 @@ def dry_run(config) -> str:
     alone = config.ref_update_every or row.beta == 0  # so that the scorer is no reference
     rewards = Rewards.from_settings(dataclasses.replace(config, rewards=config.rewards or task.rewards))
     copied = rewards.needs_scorer and bool(alone or config.scorer)
+    dtype = getattr(torch, config.sampler_dtype) if config.sampler_dtype else policy.dtype
     estimate = plan(
         policy, config.batch_size * config.num_generations, config.batch_size, max(map(len, encoded)), width,
         common, micro_batch_tokens=config.micro_batch_tokens, inner_updates=config.num_inner_updates,
         reference=(row.beta > 0) + copied, device=choose_device(config.device),
-        samplers=config.rollout_lag + 1 if config.rollout_lag or config.sampler_dtype else 0,
+        samplers=[dtype] * (config.rollout_lag + 1) * bool(config.rollout_lag or config.sampler_dtype),
     )  # fmt: skip
     return estimate.table()

@@ -33,7 +33,7 @@ def page(run, mathematics: ModuleType) -> str:
     """
     config, algorithm, policy = run.config, run.config.resolved_algorithm, run.policy
     (example,) = take_prompts(run.data["train"], 1, 1, config.seed)
-    rollout = policy.sample([example], config.num_generations, (config.seed, 1, 0), config.max_new_tokens)
+    rollout = run.sampler.sample([example], config.num_generations, (config.seed, 1, 0), config.max_new_tokens)
     rows = [example] * config.num_generations
     given = {**run.rewards.inputs, "state": {}}
     parts = [apply_reward(name, function, rows, rollout, **given) for name, (function, _) in run.rewards.mix.items()]
@@ -41,21 +41,8 @@ def page(run, mathematics: ModuleType) -> str:
     scores, _ = Rewards(recorded)([example], rollout, {})  # a judge is asked once
     rewards = scores.total
     advantages = mathematics.mixed_advantages(scores, algorithm).float().to(policy.device)
-    ref_logp = score_rollout(run.reference, rollout, config.micro_batch_tokens) if run.reference else None
-    old_logp, entropy = (score_rollout(policy, rollout, config.micro_batch_tokens, each) for each in (False, True))
+    advantages, loss, logp, ref_logp, pull = not_descended(run, rollout, advantages, mathematics)
     lengths = rollout.mask.sum(1)
-    if algorithm.advantage == "pairwise":
-        mean_logp = (old_logp.sum(1) / lengths).view_as(advantages)
-        advantages = mathematics.pairwise_advantages(advantages, mean_logp, algorithm.preference_strength)
-    logp = old_logp.clone().requires_grad_()
-    mask = mathematics.loss_mask(rollout, algorithm)
-    whole = max(1, mathematics.loss_denominator(mask, algorithm.aggregate, config.max_new_tokens))
-    chosen = mathematics.high_entropy_tokens(policy, rollout, algorithm, config.micro_batch_tokens)
-    loss, _ = mathematics.policy_loss(
-        logp, old_logp, advantages.flatten(), mask, algorithm, ref_logp, whole, chosen, entropy
-    )
-    (pull,) = torch.autograd.grad(-loss, logp)
-
     names = [f"{name} x {weight:g}" for name, (_, weight) in run.rewards.mix.items()]
     table = [["", *names, "total", "advantage", "tokens", "completion"]]
     for i, text in enumerate(rollout.texts):
@@ -72,9 +59,27 @@ def page(run, mathematics: ModuleType) -> str:
     ends = {"the worst": int(rewards.argmin()), "the best": int(rewards.argmax())}
     shown = {"one": 0, "another": len(rows) - 1} if flat else ends
     for title, i in shown.items():
-        tokens = token_rows(policy, rollout, i, logp.detach(), ref_logp, pull, mathematics)
+        tokens = token_rows(policy, rollout, i, logp, ref_logp, pull, mathematics)
         sections.append(f"{title}, completion {i + 1}, advantage {advantages[0, i]:+.3f}\n{aligned(tokens)}")
     return "\n\n".join(sections)
+
+
+def not_descended(run, rollout, advantages: torch.Tensor, mathematics: ModuleType) -> tuple:
+    """The first inner update, not taken: advantages, loss, log-probabilities (B, T), the reference's, and its pull."""
+    algorithm, policy, budget = run.config.resolved_algorithm, run.policy, run.config.micro_batch_tokens
+    ref_logp = score_rollout(run.reference, rollout, budget) if run.reference else None
+    old_logp, entropy = score_rollout(policy, rollout, budget), score_rollout(policy, rollout, budget, entropy=True)
+    if algorithm.advantage == "pairwise":
+        mean_logp = (old_logp.sum(1) / rollout.mask.sum(1)).view_as(advantages)
+        advantages = mathematics.pairwise_advantages(advantages, mean_logp, algorithm.preference_strength)
+    logp, mask = old_logp.clone().requires_grad_(), mathematics.loss_mask(rollout, algorithm)
+    whole = max(1, mathematics.loss_denominator(mask, algorithm.aggregate, run.config.max_new_tokens))
+    weight = mathematics.loss_weight(
+        rollout, old_logp, mathematics.high_entropy_tokens(policy, rollout, algorithm, budget), algorithm
+    )
+    given = (logp, old_logp, advantages.flatten(), mask, algorithm, ref_logp, whole, weight, entropy)
+    loss, _ = mathematics.policy_loss(*given)
+    return advantages, loss, old_logp, ref_logp, torch.autograd.grad(-loss, logp)[0]
 
 
 def token_rows(policy, rollout, i: int, logp, ref_logp, pull, mathematics: ModuleType) -> list[list[str]]:

@@ -286,7 +286,6 @@ def train_step(run: "GRPORun", step: int) -> dict[str, float]:
         clock.append(time.perf_counter())
         if config.ref_update_every and step % config.ref_update_every == 0:
             run.reference.model.load_state_dict(policy.model.state_dict())
-        run.age_samplers()
         run.lower_micro_batch_tokens(metrics.pop("micro_batch_tokens"))
         return run.record(metrics | rates(rollout, metrics, config, clock))
 
@@ -371,6 +370,17 @@ def high_entropy_tokens(
     return entropy >= np.quantile(everywhere, 1 - algorithm.top_entropy)
 
 
+def loss_weight(
+    rollout: Rollout, old_logp: torch.Tensor, high_entropy: torch.Tensor | None, algorithm: Algorithm
+) -> torch.Tensor | None:
+    """What multiplies the surrogate of each token (B, T): an importance weight, and 0 where rewards do not act."""
+    weight = None if high_entropy is None else high_entropy.to(old_logp.dtype)
+    if algorithm.correction != "none":
+        rho = correction_weight(old_logp - rollout.sampler_logp, rollout.mask, algorithm)
+        weight = rho if weight is None else weight * rho
+    return weight
+
+
 def update(
     policy: Policy, reference: Policy | None, optimizer: torch.optim.Optimizer, rollout: Rollout,
     advantages: torch.Tensor, ref_logp: torch.Tensor | None, config: "GRPOConfig",
@@ -383,14 +393,14 @@ def update(
     algorithm, order, budget = config.resolved_algorithm, advantages, config.micro_batch_tokens
     rows = loss_denominator(loss_mask(rollout, algorithm), algorithm.aggregate, config.max_new_tokens)
     denominator = max(1, ranks.total({"rows": rows})["rows"])
-    chosen, budget = runs.within_memory(high_entropy_tokens, (policy, rollout, algorithm), budget, optimizer)
+    high_entropy, budget = runs.within_memory(high_entropy_tokens, (policy, rollout, algorithm), budget, optimizer)
     start, losses, norms, all_sums, all_peaks = None, [], [], Counter(), {}
     for _ in range(config.num_inner_updates):
         if algorithm.advantage == "pairwise":  # which follows the policy as it is now
             with ranks.whole(policy.model):
                 mean_logp, budget = runs.within_memory(mean_log_probs, (policy, rollout), budget, optimizer)
             advantages = pairwise_of_all(order, mean_logp, algorithm.preference_strength)
-        given = (policy, reference, rollout, advantages, ref_logp, start, chosen, algorithm, denominator)
+        given = (policy, reference, rollout, advantages, ref_logp, start, high_entropy, algorithm, denominator)
         (start, sums, peaks, bad), budget = runs.within_memory(backward, given, budget, optimizer)
         ranks.add_gradients(list(policy.model.parameters()))
         sums, peaks = ranks.total(sums), ranks.largest(peaks)
@@ -408,14 +418,14 @@ def update(
 
 def backward(
     policy: Policy, reference: Policy | None, rollout: Rollout, advantages: torch.Tensor, ref_logp: torch.Tensor | None,
-    start_logp: torch.Tensor | None, chosen: torch.Tensor | None, algorithm: Algorithm, denominator: float,
+    start_logp: torch.Tensor | None, high_entropy: torch.Tensor | None, algorithm: Algorithm, denominator: float,
     token_budget: int,
 ) -> tuple[torch.Tensor, dict[str, float], dict[str, float], list[dict]]:  # fmt: skip
     """Add up the gradient of the loss over a rollout, in micro-batches of at most `token_budget` tokens.
 
     Returns the log-probabilities (B, T) that the ratios start from, sums, largest values, and the rows whose loss is
-    not finite. Without `start_logp` they are the policy's own, so that the ratio is exactly 1. Rewards act on `chosen`
-    tokens (B, T), or on all.
+    not finite. Without `start_logp` they are the policy's own, so that the ratio is exactly 1. Rewards act on
+    the `high_entropy` tokens (B, T), or on all.
     """
     old_logp, sums, peaks, bad = start_logp, Counter(), {"ratio_max": 0.0, "sampler_gap": 0.0}, []
     batches = micro_batches(rollout, token_budget, policy.layout)
@@ -431,10 +441,7 @@ def backward(
         old, ref = old_logp[rows, :width], None if ref_logp is None else ref_logp[rows, :width]
         advantage = advantages.flatten()[rows]  # row p * G + g
         mask = loss_mask(part, algorithm)
-        weight = None if chosen is None else chosen[rows, :width].to(logp.dtype)
-        if algorithm.correction != "none":
-            rho = correction_weight(old - part.sampler_logp, part.mask, algorithm)
-            weight = rho if weight is None else weight * rho
+        weight = loss_weight(part, old, None if high_entropy is None else high_entropy[rows, :width], algorithm)
         loss, stats = policy_loss(logp, old, advantage, mask, algorithm, ref, denominator, weight, entropy)
         loss.backward()
         stats |= {"loss": loss, "entropy": entropy[mask].sum(), "sampler_gap": (part.sampler_logp - old).abs().max()}
@@ -499,9 +506,7 @@ class GRPORun(Run):
     data: dict[str, list[Example]]  # by split
     rewards: Rewards
     reference: Policy | None
-    samplers: deque[Policy] = field(
-        default_factory=deque
-    )  # the policy of the last steps, oldest first; none where it samples itself
+    samplers: deque[Policy] = field(default_factory=deque)  # of the last steps, oldest first; none: the policy itself
 
     @property
     def models(self) -> dict:
@@ -513,11 +518,13 @@ class GRPORun(Run):
     def sampler(self) -> Policy:
         return self.samplers[0] if self.samplers else self.policy
 
-    def age_samplers(self) -> None:
-        """The oldest of them gives way to the policy as it is after a step."""
-        if self.samplers:
-            self.samplers.rotate(-1)
-            self.samplers[-1].model.load_state_dict(self.policy.model.state_dict())
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """As for every run; and after each step, a skipped one too, the oldest sampler becomes the policy as it is."""
+        with self.unbroken():
+            if self.samplers:
+                self.samplers.rotate(-1)
+                self.samplers[-1].model.load_state_dict(self.policy.model.state_dict())
+            super().log(step, metrics)
 
     @property
     def scored_task(self) -> Task:
@@ -614,10 +621,10 @@ class GRPOConfig(commands.optional_fields(Algorithm, "Default: the algorithm's."
         None, "Share of uniform noise in the policy; an autoencoder's sigma. Default: 0, and 0.5.", "sampling"
     )
     rollout_lag: int = option(
-        0, "Rollouts are of the policy so many steps ago, as in asynchronous training.", "sampling"
+        0, "Rollouts are of the policy so many steps ago, the first ones of the first.", "sampling"
     )
     sampler_dtype: Literal["float32", "bfloat16"] | None = option(
-        None, "Of the sampler's matrix products. Default: --dtype.", "sampling"
+        None, "Precision in which a copy of the policy samples. Default: the policy itself does.", "sampling"
     )
     max_new_tokens: int | None = option(None, "Longest completion. Default: the task's.", "sampling", above_zero=True)
     steps: int = option(40, "Steps; one step is one rollout.", "how long", above_zero=True)
@@ -644,6 +651,8 @@ class GRPOConfig(commands.optional_fields(Algorithm, "Default: the algorithm's."
             raise UserError(f"--exploration-noise is {self.exploration_noise}, a share; it must be below 1")
         if self.shard and (self.rollout_lag or self.sampler_dtype):
             raise UserError("--rollout-lag and --sampler-dtype keep whole copies of the policy; leave out --shard")
+        if self.rollout_lag >= self.steps:
+            raise UserError(f"--rollout-lag is {self.rollout_lag}; it must be below --steps, {self.steps}")
         if self.policy == "autoencoder" and self.sampler_dtype:
             raise UserError("--sampler-dtype is for transformers, an autoencoder is small; leave it out")
         if self.policy == "autoencoder" and (row.entropy_bonus or row.top_entropy < 1):
@@ -703,12 +712,16 @@ def prepare(config: GRPOConfig) -> GRPORun:
 
 
 def copies_to_sample(policy: Policy, config: GRPOConfig) -> deque[Policy]:
-    """The frozen copies of a policy that sample in its place: one, and one more for each step of --rollout-lag."""
+    """The frozen copies of a policy that sample in its place: of each of the last --rollout-lag steps, and of now.
+
+    That of now, too, since the step that will need it again has then moved the policy.
+    """
+    if not (config.rollout_lag or config.sampler_dtype):
+        return deque()
     source = copy.copy(policy)
     source.dtype = getattr(torch, config.sampler_dtype) if config.sampler_dtype else policy.dtype
-    if not config.rollout_lag and source.dtype == policy.dtype:
-        return deque()
-    return deque(frozen(source) for _ in range(config.rollout_lag + 1))
+    with out_of_memory("--rollout-lag"):
+        return deque(frozen(source) for _ in range(config.rollout_lag + 1))
 
 
 def checked(config: GRPOConfig, task: Task) -> tuple[GRPOConfig, Policy | None, dict, Rewards, dict[str, str]]:

@@ -423,7 +423,8 @@ def score_rollout(policy: Policy, rollout: Rollout, token_budget: int, entropy: 
     with torch.no_grad():
         for rows in micro_batches(rollout, token_budget, policy.layout):
             part = rollout.select(rows)
-            scores[rows, : part.mask.shape[1]] = policy.log_probs(part, entropy)[entropy]
+            logp, spread = policy.log_probs(part, entropy)
+            scores[rows, : part.mask.shape[1]] = spread if entropy else logp
     return scores
 
 

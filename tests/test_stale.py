@@ -12,7 +12,7 @@ from test_grpo import EXAMPLES, lines_of, same, settings, small_arithmetic, tiny
 import checkpoints
 import grpo
 import tasks
-from commands import UserError
+from commands import NotFinite, UserError
 from grpo import ALGORITHMS, Algorithm, GRPOConfig, correction_weight, high_entropy_tokens, policy_loss
 from policy import TokenPolicy, frozen
 from tasks import Example
@@ -36,9 +36,11 @@ def weights(policy) -> dict[str, torch.Tensor]:
     return {name: weight.detach().clone() for name, weight in policy.model.named_parameters()}
 
 
+@pytest.mark.parametrize("failed", [None, "at once", "in a later inner update"])
 @pytest.mark.parametrize("lag", [1, 3])
-def test_a_rollout_is_of_the_policy_so_many_steps_ago(base, tmp_path, small_task, monkeypatch, lag):
-    trained, sampled, step = [], [], grpo.train_step
+def test_a_rollout_is_of_the_policy_so_many_steps_ago(base, tmp_path, small_task, monkeypatch, lag, failed):
+    """A skipped step is a step, whether it has moved the policy or not."""
+    trained, sampled, step, update = [], [], grpo.train_step, grpo.update
 
     def watched(run, number):
         trained.append(weights(run.policy))
@@ -46,9 +48,17 @@ def test_a_rollout_is_of_the_policy_so_many_steps_ago(base, tmp_path, small_task
         assert not any(weight.requires_grad for weight in run.sampler.model.parameters())
         return step(run, number)
 
+    def failing(*given):
+        third = len(trained) == 3
+        metrics = None if third and failed == "at once" else update(*given)
+        if third and failed:
+            raise NotFinite("the loss is nan", [])
+        return metrics
+
     monkeypatch.setattr(grpo, "train_step", watched)
-    grpo.train(settings(base, tmp_path / "run", steps=6, rollout_lag=lag, warmup_steps=0))
-    assert not same(trained[-1], trained[-2])
+    monkeypatch.setattr(grpo, "update", failing)
+    grpo.train(settings(base, tmp_path / "run", steps=7, rollout_lag=lag, warmup_steps=0))
+    assert [same(*pair) for pair in zip(trained, trained[1:], strict=False)].count(True) == (failed == "at once")
     for number, weight in enumerate(sampled):
         assert same(weight, trained[max(0, number - lag)])
     assert all(x.data_ptr() != y.data_ptr() for x, y in zip(sampled[0].values(), sampled[1].values(), strict=True))
@@ -59,13 +69,13 @@ def test_what_it_samples_is_what_is_learned_from(base, tmp_path, small_task, mon
     seen, actors, update, sample = [], [], grpo.update, TokenPolicy.sample
 
     def watched(policy, reference, optimizer, rollout, *rest):
-        (metrics := update(policy, reference, optimizer, rollout, *rest))
+        metrics = update(policy, reference, optimizer, rollout, *rest)
         seen.append((rollout, metrics))
         return metrics
 
     monkeypatch.setattr(grpo, "update", watched)
     monkeypatch.setattr(TokenPolicy, "sample", lambda self, *a, **b: (actors.append(self), sample(self, *a, **b))[1])
-    run = grpo.train(settings(base, tmp_path / "run", steps=3, rollout_lag=9, learning_rate=0.01, warmup_steps=0))
+    run = grpo.train(settings(base, tmp_path / "run", steps=3, rollout_lag=2, learning_rate=0.01, warmup_steps=0))
     start = grpo.load(base, "cpu")
     for rollout, _ in seen:  # all of the base policy
         own = start.log_probs(rollout)[0].detach()
@@ -114,8 +124,12 @@ def test_a_cheaper_sampler_has_the_weights_of_the_policy_as_it_is_now(base, tmp_
     monkeypatch.setattr(grpo, "train_step", watched)
     grpo.train(settings(base, tmp_path / "run", sampler_dtype="bfloat16", learning_rate=0.01))
     assert min(gaps) > 1e-5
-    plain = grpo.prepare(settings(base, tmp_path / "plain", sampler_dtype="float32"))
-    assert plain.sampler is plain.policy and not plain.samplers  # which is its own dtype
+    plain = grpo.prepare(settings(base, tmp_path / "plain"))
+    assert plain.sampler is plain.policy and not plain.samplers
+    twin = grpo.prepare(
+        settings(base, tmp_path / "twin", sampler_dtype="float32")
+    )  # on another device --dtype may differ
+    assert twin.sampler is not twin.policy and twin.sampler.dtype == torch.float32
 
 
 def test_weights_by_hand():
@@ -232,6 +246,33 @@ def test_the_tokens_of_highest_entropy_are_a_share_of_the_whole_batch(rollout):
     assert high_entropy_tokens(policy, sampled, ROW, 1000) is None
 
 
+def test_correction_and_top_entropy_multiply_and_are_measured_on_the_tokens_of_the_loss(rollout):
+    policy, sampled = rollout
+    more = {"correction": "truncate", "correction_high": 0.5, "top_entropy": 0.4, "mask_truncated": True}
+    sampled.truncated[2] = True
+    row = dataclasses.replace(ROW, top_entropy=0.4, mask_truncated=True)
+    high, kept = high_entropy_tokens(policy, sampled, row, 1000), sampled.mask & ~sampled.truncated[:, None]
+    step, metrics = moved(policy, sampled, plain(**more))
+    assert metrics["weight"] == pytest.approx(0.5 * ((high & kept).sum() / kept.sum()).item(), abs=1e-6)
+    alone, _ = moved(policy, sampled, plain(top_entropy=0.4, mask_truncated=True))
+    torch.testing.assert_close(step, alone / 2, rtol=1e-6, atol=1e-9)
+    sampled.sampler_logp = torch.where(kept, sampled.sampler_logp + 0.25, sampled.sampler_logp + 9)
+    assert moved(policy, sampled, plain(**more))[1]["sampler_kl"] == pytest.approx(0.25, abs=1e-6)
+
+
+def test_the_step_that_is_shown_is_the_one_that_would_be_taken(base, tmp_path, small_task, capsys):
+    """With the sampler's completions, importance weights and high-entropy tokens."""
+
+    def shown(**more) -> str:
+        run = grpo.prepare(settings(base, tmp_path / "none", trace=True, beta=0.0, **more))
+        return grpo.explain.page(run, grpo)
+
+    plain = shown()
+    assert " up " in plain and " up " not in shown(correction="mask", correction_low=1.5, correction_high=3.0)
+    assert shown(top_entropy=0.3).count("nothing") > plain.count("nothing")
+    assert shown(sampler_dtype="bfloat16", correction="truncate") != plain
+
+
 def test_where_all_rows_are_left_out_none_is_chosen(rollout):
     policy, sampled = rollout
     sampled.truncated[:] = True
@@ -301,6 +342,7 @@ def test_the_tokens_of_highest_entropy_by_hand(monkeypatch):
         ),
         ({"entropy_bonus": 0.1, "policy": "autoencoder", "task": "odd_even"}, "an autoencoder's entropy is constant"),
         ({"top_entropy": 0.1, "policy": "autoencoder", "task": "odd_even"}, "an autoencoder's entropy is constant"),
+        ({"rollout_lag": 40}, "--rollout-lag is 40; it must be below --steps, 40"),
         ({"rollout_lag": -1}, "--rollout-lag is -1"),
         ({"top_entropy": 0.0}, "--top-entropy is 0.0"),
         ({"top_entropy": 1.5}, "--top-entropy is 1.5"),
@@ -312,3 +354,10 @@ def test_the_tokens_of_highest_entropy_by_hand(monkeypatch):
 def test_mistakes_are_told(more, words):
     with pytest.raises(UserError, match=words):
         GRPOConfig(**more)
+
+
+@pytest.mark.parametrize("more", [{"rollout_lag": 1}, {"sampler_dtype": "bfloat16"}])
+def test_whole_copies_are_refused_where_weights_are_sharded(monkeypatch, more):
+    monkeypatch.setattr(grpo.ranks, "WORLD", 2)
+    with pytest.raises(UserError, match="keep whole copies of the policy; leave out --shard"):
+        GRPOConfig(shard=True, **more)
