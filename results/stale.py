@@ -68,7 +68,7 @@ def cheaper() -> str:
     gap, kl = (mean_of("grpo_bfloat16", key) for key in ("sampler_gap", "sampler_kl"))
     return (
         f"grpo, sampled in bfloat16: right {copy.mean():.1%} ± {copy.std(ddof=1):.1%}, {points(copy - fresh)} points; "
-        f"largest gap of a log-probability {gap:.3f} by the mean of all steps, KL {kl:.5f} nats a token"
+        f"largest gap of a log-probability {gap:.3f} by the mean of all steps, KL {kl:.0e} nats a token"
     )
 
 

@@ -118,7 +118,7 @@ def test_the_summary_and_the_second_steps_by_hand(capsys):
 
 
 def test_the_studies_tables_and_figures_follow_from_the_committed_runs(tmp_path):
-    """Study A's table as printed, study B's as drawn again; the tables of the report are these."""
+    """Study A's table and study C's as printed, study B's as drawn again; the tables of the report are these."""
     import plot_metrics
 
     command = [sys.executable, str(ROOT / "results" / "odd_even.py"), str(tmp_path)]
@@ -126,9 +126,15 @@ def test_the_studies_tables_and_figures_follow_from_the_committed_runs(tmp_path)
     assert (tmp_path / "sweeps.svg").stat().st_size > 10_000
     rows = [line for line in printed.stdout.splitlines() if line.startswith("| ")]
     assert len(rows) == 16 and all(row in RESULTS for row in rows), printed.stderr
+    command = [sys.executable, str(ROOT / "results" / "stale.py"), str(tmp_path)]
+    printed = subprocess.run(command, capture_output=True, text=True)
+    lines = [line for line in printed.stdout.splitlines() if line]
+    assert len(lines) == 19 and all(line in RESULTS for line in lines), printed.stderr
+    assert (tmp_path / "stale.svg").stat().st_size > 10_000
     shaped = "answer_format=0.2,answer_near=0.2,answer_exact=0.6"
     for study, baseline in (("algorithms", "grpo"), ("more_rows", "grpo"), ("rewards", shaped)):
         runs = sorted((ROOT / "results" / study).glob("*/seed*"))
+        runs += sorted((ROOT / "results").glob("algorithms/grpo/seed*")) if study == "more_rows" else []
         plot_metrics.plot(runs, tmp_path, baseline=baseline)
         drawn = (tmp_path / "comparison.md").read_text()
         assert drawn == (ROOT / "results" / study / "comparison.md").read_text() and drawn in RESULTS
