@@ -380,19 +380,14 @@ def plan(
     shared = ours and own >= Cache.share_from  # else each row has a copy of its prompt's keys and values
     seen = common + (prompts if shared else rows) * own + rows * max_new_tokens
     cache = 2 * size * layers * width * seen + 5 * 4 * rows * config.vocab_size
-    decoding = (
-        copy_bytes(policy, policy.dtype) if low else 4 * weights * (ours and settings["device"].type == "cpu")
-    )  # weights made ready for it
+    copy, made_ready = copy_bytes(policy, policy.dtype), low or (ours and settings["device"].type == "cpu")
     parts = {
         "process": (own_bytes(settings["device"]), "Python and its libraries"),
         "weights": (4 * weights, "a smaller --model"),
         "optimizer": (8 * weights, "a smaller --model"),
-        "reference": (copy_bytes(policy, policy.dtype) * settings["reference"], "--dtype bfloat16, or --beta 0"),
-        "samplers": (
-            sum(copy_bytes(policy, dtype) for dtype in settings["samplers"]),
-            "a smaller --rollout-lag, or none",
-        ),
-        "sampling": (cache + decoding, "--batch-size, --num-generations or --max-new-tokens"),
+        "reference": (copy * settings["reference"], "--dtype bfloat16, or --beta 0"),
+        "samplers": (sum(copy_bytes(policy, dtype) for dtype in settings["samplers"]), "a smaller --rollout-lag"),
+        "sampling": (cache + copy * made_ready, "--batch-size, --num-generations or --max-new-tokens"),
         "gradients": ((6 if low else 4) * weights, "a smaller --model"),  # bfloat16: with autocast's copies
         "activations": (kept + 3 * tokens * inner * size, "--gradient-checkpointing, then --micro-batch-tokens"),
         "logits": (4 * 4 * min(most, scores), "--micro-batch-tokens" if whole else "bounded by chunks"),

@@ -371,7 +371,7 @@ FAULTS = [
     Fault(
         "the correction by the policy as it is now, not as it was before the first inner update",
         "THUDM/slime#179",
-        "grpo.py", "correction_weight(old - part.sampler_logp,", "correction_weight(logp.detach() - part.sampler_logp,",
+        "grpo.py", "weight = loss_weight(part, old,", "weight = loss_weight(part, logp.detach(),",
         "stale::test_corrections_stay_as_they_were_at_the_first_inner_update",
     ),
     Fault(
