@@ -377,7 +377,7 @@ FAULTS = [
     Fault(
         "the correction of a row as the mean over its tokens, not the product: biased",
         "huggingface/trl#5815",
-        "algorithms.py", "log_rho = log_rho.sum(1, keepdim=True).expand_as(log_rho)", "log_rho = row_mean(log_rho, mask)",
+        "algorithms.py", "log_rho = log_rho.sum(1, keepdim=True).expand_as(log_rho)", "log_rho = (log_rho.sum(1, keepdim=True) / mask.sum(1, keepdim=True)).expand_as(log_rho)",
         "oracle_enumeration::test_the_product_over_the_row_alone_makes_another_samplers_rollouts_unbiased",
     ),
     Fault(
