@@ -181,8 +181,8 @@ def policy_loss(
     logp, old_logp, ref_logp (B, T) are log-probabilities of the sampled tokens under the policy, the policy that the
     first inner update started from, and the reference; advantages (B,); mask (B, T) bool. What stands at padding
     changes nothing. `denominator` is `loss_denominator` of the whole optimizer step; without one these rows, of width
-    T, are taken to be all. `weight` (B, T) multiplies the surrogate, and no other term; `entropy` (B, T),
-    exact, is what an entropy bonus takes as its baseline.
+    T, are taken to be all. `weight` (B, T) multiplies the surrogate, and no other term. An entropy bonus needs the
+    policy's exact `entropy` (B, T) at each token.
     """
     # Masked before exp: whatever stands at padding must not become inf * 0 = NaN.
     log_ratio = torch.where(mask, logp - old_logp, 0.0)
@@ -424,8 +424,8 @@ def backward(
     """Add up the gradient of the loss over a rollout, in micro-batches of at most `token_budget` tokens.
 
     Returns the log-probabilities (B, T) that the ratios start from, sums, largest values, and the rows whose loss is
-    not finite. Without `start_logp` they are the policy's own, so that the ratio is exactly 1. Rewards act on
-    the `high_entropy` tokens (B, T), or on all.
+    not finite. Without `start_logp` they are the policy's own, so that the ratio is exactly 1. Rewards act on the
+    `high_entropy` tokens (B, T), or on all.
     """
     old_logp, sums, peaks, bad = start_logp, Counter(), {"ratio_max": 0.0, "sampler_gap": 0.0}, []
     batches = micro_batches(rollout, token_budget, policy.layout)
