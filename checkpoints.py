@@ -339,13 +339,19 @@ class Plan:
         return "\n".join(lines)
 
 
+def sampler_dtypes(policy: Policy, config) -> list[torch.dtype]:
+    """The dtype of each copy that samples in the policy's place: of the last --rollout-lag steps, and of now."""
+    dtype = getattr(torch, config.sampler_dtype) if config.sampler_dtype else policy.dtype
+    return [dtype] * (config.rollout_lag + 1) if config.rollout_lag or config.sampler_dtype else []
+
+
 def copy_bytes(policy: TokenPolicy, dtype: torch.dtype) -> int:
     """Bytes of a frozen copy: in bfloat16 linear layers have two a weight, embedding and output layer four."""
     weights, config = sum(weight.numel() for weight in policy.model.parameters()), policy.model.config
+    if dtype == torch.float32:
+        return 4 * weights
     tied = bool(getattr(config, "tie_word_embeddings", False))
-    return (
-        4 * weights if dtype == torch.float32 else 2 * (weights + config.vocab_size * config.hidden_size * (2 - tied))
-    )
+    return 2 * (weights + config.vocab_size * config.hidden_size * (2 - tied))
 
 
 def plan(
@@ -435,11 +441,10 @@ def dry_run(config) -> str:
     alone = config.ref_update_every or row.beta == 0  # so that the scorer is no reference
     rewards = Rewards.from_settings(dataclasses.replace(config, rewards=config.rewards or task.rewards))
     copied = rewards.needs_scorer and bool(alone or config.scorer)
-    dtype = getattr(torch, config.sampler_dtype) if config.sampler_dtype else policy.dtype
     estimate = plan(
         policy, config.batch_size * config.num_generations, config.batch_size, max(map(len, encoded)), width,
         common, micro_batch_tokens=config.micro_batch_tokens, inner_updates=config.num_inner_updates,
         reference=(row.beta > 0) + copied, device=choose_device(config.device),
-        samplers=[dtype] * (config.rollout_lag + 1) * bool(config.rollout_lag or config.sampler_dtype),
+        samplers=sampler_dtypes(policy, config),
     )  # fmt: skip
     return estimate.table()

@@ -316,5 +316,6 @@ def run_main(main: Callable[[], int | None], resumable: bool = False) -> None:
 
 
 def end_by_signals(how) -> None:
+    """From here on SIGINT and SIGTERM do what `how` says: end the process (SIG_DFL), or nothing (SIG_IGN)."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, how)

@@ -43,7 +43,7 @@ import runs
 import sft
 import states
 from algorithms import ALGORITHMS, Algorithm, correction_weight, max_at_k, pairwise_advantages
-from checkpoints import choose_device, dry_run, introduce, is_toy, load, open_policy, save
+from checkpoints import choose_device, dry_run, introduce, is_toy, load, open_policy, sampler_dtypes, save
 from commands import NotFinite, UserError, option, out_of_memory
 from inference import evaluate_run, make_scorer, measure_rollout, report, show_number
 from policy import Policy, frozen, mean_log_probs, score_rollout
@@ -712,16 +712,17 @@ def prepare(config: GRPOConfig) -> GRPORun:
 
 
 def copies_to_sample(policy: Policy, config: GRPOConfig) -> deque[Policy]:
-    """The frozen copies of a policy that sample in its place: of each of the last --rollout-lag steps, and of now.
+    """The frozen copies of a policy that sample in its place, oldest first; none where it samples itself.
 
-    That of now, too, since the step that will need it again has then moved the policy.
+    The policy as it is now has one, too, since the step that will need it again has then moved it.
     """
-    if not (config.rollout_lag or config.sampler_dtype):
-        return deque()
-    source = copy.copy(policy)
-    source.dtype = getattr(torch, config.sampler_dtype) if config.sampler_dtype else policy.dtype
+    copies = deque()
     with out_of_memory("--rollout-lag"):
-        return deque(frozen(source) for _ in range(config.rollout_lag + 1))
+        for dtype in sampler_dtypes(policy, config):
+            source = copy.copy(policy)
+            source.dtype = dtype
+            copies.append(frozen(source))
+    return copies
 
 
 def checked(config: GRPOConfig, task: Task) -> tuple[GRPOConfig, Policy | None, dict, Rewards, dict[str, str]]:

@@ -124,11 +124,9 @@ def runs_of(name: str) -> list[RunFiles]:
 
 def rows() -> None:
     """Each row of the table of algorithms: what it changes, its bias, and what it came to in study B."""
-    without_kl = runs_of("grpo_without_kl")
-    print(
-        "\nrows\n\n| row | other than `grpo --beta 0` | angle | samples to 90 % | right, T = 1 | difference, points |"
-    )
-    print("| --- |" + " --- |" * 5)
+    without_kl, grpo = runs_of("grpo_without_kl"), runs_of("grpo")
+    heads = ["row", "other than `grpo --beta 0`", "angle", "samples to 90 %", "right, T = 1", "difference, points"]
+    print(f"\nrows\n\n| {' | '.join([*heads, 'a step, of `grpo`'])} |\n| --- |" + " --- |" * len(heads))
     plain = Algorithm(beta=0.0)
     for name, row in ALGORITHMS.items():
         cells = [f.name for f in dataclasses.fields(row) if getattr(row, f.name) != getattr(plain, f.name)]
@@ -140,7 +138,13 @@ def rows() -> None:
         others = np.array([run.evaluation["last"]["sampled_accuracy"] for run in without_kl])
         angle = angles(dataclasses.replace(row, beta=0.0, k=2))
         measured = [samples, interval(100 * right, ".1f"), interval(100 * (right - others), "+.1f")]
+        measured.append(f"{seconds(runs) / seconds(grpo):.2f}")
         print(f"| `{name}` | {' | '.join([shown, angle, *measured])} |")
+
+
+def seconds(runs: list[RunFiles]) -> float:
+    """The median time of a step."""
+    return statistics.median(record["seconds"] for run in runs for record in run.metrics if "seconds" in record)
 
 
 def interval(values: np.ndarray, form: str) -> str:

@@ -12,7 +12,7 @@ FLOORS = {  # file: its floor, the most lines it may have; the first drawing's n
     "explain.py": (7, 101),  # not drawn: what --trace shows
     "sft.py": (9, 247),  # 200
     "inference.py": (8, 436),  # 380
-    "checkpoints.py": (7, 445),  # 400
+    "checkpoints.py": (7, 450),  # 400
     "policy.py": (6, 437),  # 500
     "policy_gaussian.py": (5, 180),  # not drawn: policy.py and model_toy.py were full
     "rollouts.py": (4, 165),  # not drawn: policy.py had become 600 lines
@@ -20,7 +20,7 @@ FLOORS = {  # file: its floor, the most lines it may have; the first drawing's n
     "rewards.py": (3, 706),  # 520
     "runs.py": (2, 454),
     "states.py": (1, 325),  # not drawn: a run's folder; runs.py had become 640 lines
-    "commands.py": (0, 320),  # not drawn: the same
+    "commands.py": (0, 321),  # not drawn: the same
     "ranks.py": (0, 217),
     "model_hub.py": (1, 119),  # not drawn: checkpoints.py was full
     "model_toy.py": (1, 400),
