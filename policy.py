@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import ranks
 from attention import Packed, Shared
 from commands import UserError, printable
-from model_toy import Llama, prepacked
+from model_toy import Llama, can_prepack, prepacked
 from policy_gaussian import GaussianPolicy
 from rollouts import Rollout, checked, micro_batches, row_uniforms
 from tasks import Example
@@ -220,9 +220,10 @@ class TokenPolicy:
         choose = (lambda log_probs, _: log_probs.argmax(-1)) if greedy else inverse_cdf
         noise = self.exploration_noise if explore and not greedy else 0.0
         lengths = packed.prompt_mask.sum(1)[group]
-        # The copy casts the weights once, not at each token; what is sharded is not copied, autocast keeps its casts.
-        actor = self if self.dtype == torch.float32 or ranks.is_sharded(self.model) else frozen(self)
-        with torch.no_grad(), self.autocast(), prepacked(actor.model, len(group)):
+        # Weights are cast once, not at each token; what is sharded is not copied, autocast keeps its casts.
+        cast = can_prepack(self.model, self.dtype) or self.dtype == torch.float32 or ranks.is_sharded(self.model)
+        actor = self if cast else frozen(self)
+        with torch.no_grad(), self.autocast(), prepacked(actor.model, len(group), self.dtype):
             cache = actor.model.new_cache()
             hidden, key_mask = actor.prefill(packed, cache)  # (P, C)
             cache.share(group, max_new_tokens - 1, key_mask)

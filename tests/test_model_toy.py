@@ -298,15 +298,64 @@ def test_character_tokenizer_does_not_depend_on_the_order_of_texts():
     assert character_tokenizer(["12", "3"]).get_vocab() == character_tokenizer(["3", "21", "1"]).get_vocab()
 
 
+@pytest.mark.parametrize("shape", [(9, 40), (2, 3, 40), (300, 40)])
 @pytest.mark.parametrize("bias", [False, True])
-def test_prepacked_weights_give_the_same_product_and_are_given_up(bias):
-    layers = torch.nn.Sequential(Linear(512, 640, bias=bias), Linear(640, 8))
-    x = torch.randn(9, 1, 512, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(), prepacked(layers, 9):
-        assert [layer.ordered is not None for layer in layers] == [True, False]  # the second is too small to pay
-        out = layers[0](x)
-    assert layers[0].ordered is None and "ordered" not in layers.state_dict()
-    torch.testing.assert_close(out, F.linear(x, layers[0].weight, layers[0].bias), rtol=0, atol=1e-5)
+def test_the_product_of_onednn_and_its_gradient(shape, bias):
+    """Those of the plain layer, whichever side is transposed: of few rows and of many."""
+    generator = torch.Generator().manual_seed(0)
+    layer, plain = Linear(40, 24, bias=bias), torch.nn.Linear(40, 24, bias=bias).double()
+    plain.load_state_dict(layer.state_dict())
+    x = torch.randn(shape, generator=generator, requires_grad=True)
+    grad = torch.randn(*shape[:-1], 24, generator=generator)
+    out, expected = layer(x), plain(x.double())
+    assert type(out.grad_fn).__name__ == "ProductBackward"
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-5)
+    ours = torch.autograd.grad(out, (x, *layer.parameters()), grad)
+    for found, right in zip(ours, torch.autograd.grad(expected, (x, *plain.parameters()), grad.double()), strict=True):
+        torch.testing.assert_close(found.double(), right.double(), rtol=0, atol=1e-4)
+
+
+def test_the_product_of_onednn_is_of_float32_alone():
+    """Under autocast and in float64 the layer is PyTorch's own; a frozen weight gets no gradient."""
+    layer, x = Linear(8, 4), torch.ones(2, 8, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    layer.requires_grad_(False)
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(2, 8))
+    assert layer.weight.grad is None
+    wide = Linear(8, 4).double()
+    torch.autograd.gradcheck(lambda x: wide(x).square(), x.detach().double().requires_grad_())
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_prepacked_weights_give_the_same_products_and_are_given_up(kind, dtype):
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this CPU has no products in bfloat16")
+    model = Llama(LlamaConfig(30, 32, 48, num_key_value_heads=2, model_type=kind, tie_word_embeddings=False))
+    model.init_weights(torch.Generator().manual_seed(0))
+    for name, weight in model.named_parameters():  # a bias of 0 would not be missed
+        weight.data += 0.1 * name.endswith("bias")
+    ids, positions = torch.arange(8).view(2, 4), torch.arange(4).expand(2, 4)
+    names, counts = set(model.state_dict()), []
+    for module in (group[0] for group in model.products()):
+        module.register_forward_hook(lambda module, *_: counts.append(module.joined is not None))
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+        expected = model(ids, positions)
+        with pytest.raises(KeyError), prepacked(model, 8, dtype):
+            packed = model(ids, positions)
+            logits = model.logits(packed.float())
+            held = [group[0].joined[0] for group in model.products()]
+            raise KeyError
+    assert {weight.dtype for weight in held} == {dtype, torch.float32} and held[0].dtype == torch.float32
+    assert logits.dtype == torch.float32 and packed.dtype == expected.dtype
+    torch.testing.assert_close(packed, expected, rtol=0, atol=2e-6 if dtype == torch.float32 else 2e-2)
+    torch.testing.assert_close(logits, F.linear(packed.float(), model.lm_head.weight), rtol=0, atol=1e-5)
+    assert all(layer.joined is None for group in model.products() for layer in group)
+    assert set(model.state_dict()) == names
+    # Of three layers of one input the first alone is not called while they are together; alone, each is.
+    assert counts.count(True) == 2 * 2 + 1
 
 
 @pytest.mark.parametrize(("length", "keys", "heads"), [(1, 9, 4), (5, 9, 4), (5, 9, 2), (5, 600, 4)])
@@ -325,8 +374,9 @@ def test_attention_is_the_formula(length, keys, heads):
         torch.testing.assert_close(attention(q, k, v, mask), expected, rtol=0, atol=1e-6)
 
 
-def test_grouped_queries_run_in_a_fused_kernel():
+def test_grouped_queries_run_in_a_fused_kernel(monkeypatch):
     """One decoded token, with and without a mask, and several with one: none falls back to the plain formula."""
+    monkeypatch.setattr("attention.is_written_out", lambda *_: False)  # as where there is a GPU
     q, k = torch.randn(2, 6, 1, 8), torch.randn(2, 2, 5, 8)
     with torch.no_grad(), sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # an error where that kernel cannot run
         assert attention(q, k, k).shape == (2, 6, 1, 8)
