@@ -16,22 +16,18 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Ten
     Query heads that share a key are rows of one product where one token is decoded, else keys are expanded: with
     `enable_gqa` and a mask CUDA has no fused kernel.
     """
-    shape, share = q.shape, q.shape[1] // k.shape[1]
-    one_token = shape[2] == 1
-    if share > 1 and one_token:
-        q = q.view(len(q), k.shape[1], share, -1)
-    elif share > 1:
-        k, v = (x.repeat_interleave(share, 1) for x in (k, v))
-    mask = None if mask is None else mask.to(q.dtype)
-    if is_written_out(q.device, one_token, k.shape[2], mask):
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
-        return ((scores if mask is None else scores + mask).softmax(-1) @ v).view(shape)
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal).reshape(shape)
+    if q.shape[1] > k.shape[1] and q.shape[2] > 1:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    rows, mask = q.view(len(q), k.shape[1], -1, q.shape[3]), None if mask is None else mask.to(q.dtype)
+    if is_written_out(q, k, mask):
+        scores = (rows * rows.shape[-1] ** -0.5) @ k.transpose(2, 3)
+        return ((scores if mask is None else scores + mask).softmax(-1) @ v).view(q.shape)
+    return F.scaled_dot_product_attention(rows, k, v, mask, is_causal=causal).reshape(q.shape)
 
 
-def is_written_out(device: torch.device, one_token: bool, length: int, mask: torch.Tensor | None) -> bool:
+def is_written_out(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None) -> bool:
     """On a CPU one token at a time, and short rows with a mask: 0.45 to 0.95 of the fused kernel's time."""
-    return device.type == "cpu" and (one_token or (mask is not None and length <= 512))
+    return q.device.type == "cpu" and (q.shape[2] == 1 or (mask is not None and k.shape[2] <= 512))
 
 
 def attention_mask(new: int, length: int, key_mask: torch.Tensor | None, device) -> torch.Tensor | None:

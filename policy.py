@@ -219,7 +219,6 @@ class TokenPolicy:
         uniforms = uniforms if self.device.type == "mps" else uniforms.to(self.device)  # mps has no float64
         choose = (lambda log_probs, _: log_probs.argmax(-1)) if greedy else inverse_cdf
         noise = self.exploration_noise if explore and not greedy else 0.0
-        lengths = packed.prompt_mask.sum(1)[group]
         # Weights are cast once, not at each token; what is sharded is not copied, autocast keeps its casts.
         cast = can_prepack(self.model, self.dtype) or self.dtype == torch.float32 or ranks.is_sharded(self.model)
         actor = self if cast else frozen(self)
@@ -227,7 +226,7 @@ class TokenPolicy:
             cache = actor.model.new_cache()
             hidden, key_mask = actor.prefill(packed, cache)  # (P, C)
             cache.share(group, max_new_tokens - 1, key_mask)
-            decoded = actor.decode(hidden[group], cache, lengths, uniforms, choose, noise)
+            decoded = actor.decode(hidden[group], cache, packed.prompt_mask.sum(1)[group], uniforms, choose, noise)
         width = int(decoded[1].sum(1).max())
         actions, mask, logp = (x[:, :width].contiguous() for x in decoded)
         last = actions.gather(1, mask.sum(1, keepdim=True) - 1)[:, 0]

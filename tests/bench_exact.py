@@ -45,7 +45,10 @@ def changes(policy, rollout, key: tuple) -> dict[str, float]:
     found["attention written out, in the scorer"] = (scored() - plain).abs().max()
     found["query heads folded, in the sampler"] = (rollout.sampler_logp - fused).abs().max()
     with mock.patch("policy.prepacked", lambda *_: contextlib.nullcontext()):
-        found["weights ordered for decoding"] = (rollout.sampler_logp - sampled()).abs().max()
+        found["weights joined and ordered for decoding"] = (rollout.sampler_logp - sampled()).abs().max()
+    with mock.patch("torch.backends.mkldnn.is_available", lambda: False):
+        other = scored()
+    found["products by oneDNN, in the scorer"] = (scored() - other).abs().max()
     with mock.patch.object(attention.Cache, "share_from", 1):
         found["prompts shared while decoding"] = (rollout.sampler_logp - sampled()).abs().max()
     whole = scored()

@@ -41,7 +41,7 @@ import commands
 import runs
 from grpo import GRPOConfig, group_advantages, update
 from inference import measure_rollout
-from model_toy import Llama, LlamaConfig, character_tokenizer
+from model_toy import Llama, LlamaConfig, character_tokenizer, product
 from policy import TokenPolicy, frozen, score_rollout
 from rewards import Rewards
 from rollouts import Rollout
@@ -229,6 +229,8 @@ def limits(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     for n in (1024, 2048, *[8192] * (device.type == "cuda")):
         x, out = torch.randn(n, n, device=device).to(dtype), torch.empty(n, n, device=device, dtype=dtype)
         products.append(best_rate(2 * n**3, partial(torch.mm, x, x.t(), out=out), device))
+        if device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available():
+            products.append(best_rate(2 * n**3, partial(product, x, x), device))
     return {"peak": max(products), "bandwidth": best_rate(2**28, torch.ones(2**26, device=device).sum, device)}
 
 
@@ -305,7 +307,8 @@ def trl_seconds(name: str, args: argparse.Namespace) -> dict[str, float]:
     sizes |= {"completion-len": setting.completion, "inner": setting.inner, "beta": 0.04, "steps": args.steps}
     sizes |= {"model": args.models / setting.model, "warmup": args.warmup, "threads": args.threads}
     drawn = ["-O", __file__, "--trl-mixed", name, args.peers]
-    result = child(*(drawn if setting.shortest else [args.peers / "bench_trl.py"]), *flags(sizes), cpu=True)
+    command = [*(drawn if setting.shortest else [args.peers / "bench_trl.py"]), *flags(sizes)]
+    result = child(*command, *["--bf16"] * (args.dtype == "bfloat16"), cpu=True)
     names = {"step": "step_s", "sample": "gen_s", "reward and score": "score_s", "update": "update_s"}
     return {part: result[key] for part, key in names.items()} | {"memory": result["peak_rss_mb"] * 2**20}
 
@@ -520,7 +523,8 @@ def main() -> None:
         print(f"{mode}, {name}: {'done' if result else 'not measured'}", file=sys.stderr)
         if result:  # kept at once, lest a long run is lost
             kept = json.loads(args.results.read_text()) if args.results.exists() else {}
-            kept.setdefault(mode, {})[str(name)] = result | {"machine": here}
+            group = mode if args.dtype in (None, "float32") else f"{mode} in {args.dtype}"
+            kept.setdefault(group, {})[str(name)] = result | {"machine": here}
             write(args.results, kept)
     report = {"to90": report_to_90, "trl": report_race}.get(mode, report_settings)
     print(f"\n{report(results)}\n\n{describe(here)}\nwritten: {args.results}")
