@@ -123,8 +123,8 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
 class Product(torch.autograd.Function):
     """`product` with its gradient.
 
-    On a CPU with AVX-512 that is not of Intel 0.45 to 0.65 of the time of `F.linear`, backward included, since the
-    library behind that uses vectors half as wide there; on others about the same.
+    On an AMD CPU with AVX-512 it takes 0.45 to 0.65 of the time of `F.linear`, backward included, since the library
+    behind that uses vectors half as wide there; without AVX-512 0.85 to 1.2.
     """
 
     @staticmethod
@@ -148,7 +148,7 @@ class Product(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
-    """A linear layer whose float32 product oneDNN computes where there is one, with the weights of `prepacked`."""
+    """A linear layer whose float32 product oneDNN computes on a CPU, if it pays for kernels made for the shape."""
 
     joined: tuple[torch.Tensor, torch.Tensor | None] | None = None
 
@@ -156,7 +156,8 @@ class Linear(nn.Linear):
         if self.joined is not None:
             return side_by_side(x, self)[0]
         plain = x.dtype == self.weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
-        if plain and x.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        worth = self.weight.numel() > 2**15 and x.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        if plain and worth:
             return Product.apply(x, self.weight, self.bias)
         return super().forward(x)
 
@@ -166,7 +167,8 @@ def side_by_side(x: torch.Tensor, *layers: Linear) -> Sequence[torch.Tensor]:
     if layers[0].joined is None:
         return [layer(x) for layer in layers]
     weight, bias = layers[0].joined
-    return product(x.to(weight.dtype), weight, bias).split([layer.out_features for layer in layers], -1)
+    compute = product if weight.is_mkldnn else F.linear
+    return compute(x.to(weight.dtype), weight, bias).split([layer.out_features for layer in layers], -1)
 
 
 def can_prepack(model: nn.Module, dtype: torch.dtype) -> bool:
@@ -191,7 +193,9 @@ def prepacked(model: nn.Module, rows: int, dtype: torch.dtype = torch.float32) -
         bias = None if layers[0].bias is None else torch.cat([layer.bias.detach() for layer in layers])
         if layers[0] is not model.output_layer:
             weight, bias = weight.to(dtype), bias if bias is None else bias.to(dtype)
-        layers[0].joined = torch.ops.mkldnn._reorder_linear_weight(weight, rows), bias
+        if layers[0].weight.numel() > 2**16:  # the kernels that oneDNN writes for each number of rows must pay
+            weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+        layers[0].joined = weight, bias
     try:
         yield
     finally:

@@ -362,14 +362,14 @@ class TokenPolicy:
     def packed_hidden(self, rollout: Rollout) -> torch.Tensor:
         """Hidden states (N, C) that predict the N completion tokens, row by row; the model sees real tokens only."""
         real, common, inputs = rollout.prompt_mask, rollout.common, rollout.mask[:, 1:]  # the last predicts nothing
+        packed = Packed(real.sum(1), inputs.sum(1), rollout.group, common)
         places = real.cumsum(1) - 1
         own, first = real & (places >= common), torch.arange(common, device=real.device)
         ids = [rollout.prompts[0][real[0]][:common], rollout.prompts[own], rollout.actions[:, :-1][inputs]]
-        positions = torch.cat([first, places[own], self.completion_positions(rollout)[inputs]])
-        lengths = real.sum(1)
-        packed = Packed(lengths, inputs.sum(1), rollout.group, common)
-        hidden = self.model.packed(torch.cat(ids), positions, packed, packed.asking)  # ends of prompts, completions
-        hidden = torch.cat([packed.rows.repeat(hidden[: len(lengths)]), hidden[len(lengths) :]])
+        positions = [first, places[own], self.completion_positions(rollout)[inputs]]
+        ids, positions = (F.pad(torch.cat(x), (0, packed.idle)) for x in (ids, positions))
+        hidden = self.model.packed(ids, positions, packed, packed.asking)[: packed.asked]  # ends of prompts come first
+        hidden = torch.cat([packed.rows.repeat(hidden[: len(real)]), hidden[len(real) :]])
         source = torch.arange(len(inputs), device=real.device)[:, None].repeat(1, rollout.actions.shape[1])
         source[:, 1:][inputs] = torch.arange(len(inputs), len(hidden), device=real.device)  # who predicts which token
         return hidden.index_select(0, source[rollout.mask])

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from test_oracle_sampler import sample
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import policy as policies
-from attention import Packed
+from attention import Packed, spare
 from policy import frozen, inverse_cdf, most_logits, score_rollout
 from rollouts import Rollout, micro_batches
 
@@ -97,8 +98,18 @@ def test_the_scorer_computes_each_prompt_once_and_no_padding(ragged, checkpointi
     )
     policy.log_probs(rollout)[0].sum().backward()
     inputs = rollout.mask.sum() - len(rollout.mask)  # the last token of a completion predicts nothing
-    assert [ids.shape for ids in seen] == [(int(rollout.prompt_mask.sum() + inputs),)]
+    real = int(rollout.prompt_mask.sum() + inputs)
+    more = spare(len(rollout.prompts) + int(inputs), inputs.device)  # of the tokens that predict
+    assert [ids.shape for ids in seen] == [(real + more + spare(real + more, inputs.device),)]
     assert policy.layout == "packed"
+
+
+def test_idle_tokens_make_few_numbers_of_tokens():
+    """At most 16 between a number and its double, for at most a sixteenth more; on a GPU there are none."""
+    sums = {count: count + spare(count, torch.device("cpu")) for count in range(1, 20_000)}
+    assert all(count <= total < max(count + 64, 17 / 16 * count) for count, total in sums.items())
+    assert len({total for count, total in sums.items() if 4096 <= count < 8192}) <= 17
+    assert spare(100, torch.device("meta")) == 0
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -254,10 +265,11 @@ def test_the_last_block_is_asked_for_what_predicts(ragged):
     policy, rollout = ragged
     lengths, inputs = rollout.prompt_mask.sum(1), rollout.mask[:, 1:]
     ids = torch.cat([rollout.prompts[rollout.prompt_mask], rollout.actions[:, :-1][inputs]])
-    positions = torch.arange(len(ids)) % 7  # any will do
     packed = Packed(lengths, inputs.sum(1), rollout.group)
-    assert len(packed.asking) == len(lengths) + int(inputs.sum()) < len(ids)
+    assert packed.asked == len(lengths) + int(inputs.sum()) < len(ids) == packed.tokens
     assert packed.asking[: len(lengths)].tolist() == (lengths.cumsum(0) - 1).tolist()
+    ids = F.pad(ids, (0, packed.idle))
+    positions = torch.arange(len(ids)) % 7  # any will do
     with torch.no_grad():
         whole = policy.model.packed(ids, positions, packed)
         asked = policy.model.packed(ids, positions, packed, packed.asking)
