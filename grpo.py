@@ -682,7 +682,7 @@ def prepare(config: GRPOConfig) -> GRPORun:
     if not config.trace:
         states.start_run(config, algorithm=dataclasses.asdict(algorithm), revision=getattr(policy, "revision", None))
     if policy is None and not config.resume:
-        print(f"no --model: first a toy base policy, fine-tuned into {out / 'base'}, a minute or two on two cores")
+        print(f"no --model: first a toy base policy, fine-tuned into {out / 'base'}, about 1 or 2 minutes on two cores")
     completions = f"{config.batch_size} x {config.num_generations} completions"
     print(f"{config.steps} steps on {config.task}, each of {completions} (a second or less for a toy), into {out}")
     print(f"{config.algorithm}: {algorithm}")

@@ -117,7 +117,12 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x @ weight.T + bias, (..., O) of (..., I) and (O, I), by oneDNN and without gradient."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    try:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    except RuntimeError as error:
+        if weight.is_mkldnn or "could not create a primitive" not in str(error):
+            raise
+        return F.linear(x, weight, bias)  # there is no memory for a kernel
 
 
 class Product(torch.autograd.Function):

@@ -21,6 +21,7 @@ import inference
 import rewards
 import runs
 import sft
+from attention import spare
 from checkpoints import HubModel, load
 from commands import UserError
 from model_toy import Llama
@@ -143,7 +144,10 @@ def test_what_all_prompts_begin_with_is_read_once(pair, monkeypatch):
     torch.testing.assert_close(logp, expected, rtol=0, atol=2e-5)
     own = int((lengths - rollout.common).sum())
     if packed:
-        assert seen == [rollout.common + own + int(rollout.mask.sum()) - len(rollout.mask)]
+        inputs = int(rollout.mask.sum()) - len(rollout.mask)
+        more = spare(len(lengths) + inputs, rollout.mask.device)  # idle tokens
+        count = rollout.common + own + inputs + more
+        assert seen == [count + spare(count, rollout.mask.device)]
     weights = torch.randn(rollout.mask.shape, generator=torch.Generator().manual_seed(0))
     gradients = []
     for model, values in ((policy.model, logp), (reference, expected)):

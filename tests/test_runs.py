@@ -312,6 +312,7 @@ def test_run_main_passes_statuses_on(monkeypatch, capsys):
         torch.OutOfMemoryError("CUDA out of memory"),
         MemoryError(),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        RuntimeError("could not create a primitive"),
     ],
 )
 def test_running_out_of_memory_names_the_flags_that_help(error):
