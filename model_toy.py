@@ -122,7 +122,7 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
     except RuntimeError as error:
         if weight.is_mkldnn or "could not create a primitive" not in str(error):
             raise
-        return F.linear(x, weight, bias)  # there is no memory for a kernel
+        return F.linear(x, weight, bias)  # there is no memory for a kernel, or no row
 
 
 class Product(torch.autograd.Function):
@@ -193,15 +193,15 @@ def prepacked(model: nn.Module, rows: int, dtype: torch.dtype = torch.float32) -
     its products take 0.25 to 0.6 of the time of those with the weights as they are, which are ordered anew each time.
     """
     groups = model.products() if can_prepack(model, dtype) else []
-    for layers in groups:
-        weight = torch.cat([layer.weight.detach() for layer in layers])
-        bias = None if layers[0].bias is None else torch.cat([layer.bias.detach() for layer in layers])
-        if layers[0] is not model.output_layer:
-            weight, bias = weight.to(dtype), bias if bias is None else bias.to(dtype)
-        if layers[0].weight.numel() > 2**16:  # the kernels that oneDNN writes for each number of rows must pay
-            weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-        layers[0].joined = weight, bias
     try:
+        for layers in groups:
+            weight = torch.cat([layer.weight.detach() for layer in layers])
+            bias = None if layers[0].bias is None else torch.cat([layer.bias.detach() for layer in layers])
+            if layers[0] is not model.output_layer:
+                weight, bias = weight.to(dtype), bias if bias is None else bias.to(dtype)
+            if layers[0].weight.numel() > 2**16:  # the kernels that oneDNN writes for each number of rows must pay
+                weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+            layers[0].joined = weight, bias
         yield
     finally:
         for layers in groups:

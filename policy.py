@@ -288,7 +288,7 @@ class TokenPolicy:
 
     @property
     def layout(self) -> str:
-        """How a scoring pass lays out its tokens: `packed` (real ones only) if the model can, else padded.
+        """How a scoring pass lays out its tokens: `packed` (real and a few idle ones) if it can, else padded.
 
         Padded, each prompt is computed once and `shared` by its rows through a cache, or `joined` with each row where
         gradient checkpointing would extend the cache a second time, or where ranks with a part of the weights each must
@@ -360,7 +360,7 @@ class TokenPolicy:
         return rollout.prompt_mask.sum(1)[rollout.group, None] + offsets
 
     def packed_hidden(self, rollout: Rollout) -> torch.Tensor:
-        """Hidden states (N, C) that predict the N completion tokens, row by row; the model sees real tokens only."""
+        """Hidden states (N, C) that predict the N completion tokens, row by row; the model sees no padding."""
         real, common, inputs = rollout.prompt_mask, rollout.common, rollout.mask[:, 1:]  # the last predicts nothing
         packed = Packed(real.sum(1), inputs.sum(1), rollout.group, common)
         places = real.cumsum(1) - 1

@@ -107,7 +107,7 @@ def join(rollouts: Sequence[Rollout]) -> Rollout:
 def pass_tokens(prompts: Sequence[int], lengths: Sequence[int], layout: str, common: int = 0) -> int:
     """Tokens that one scoring pass computes, from the tokens of its prompts and completions (see `TokenPolicy`).
 
-    Of each prompt those that it has beyond the `common` ones, which are computed once.
+    Of each prompt those that it has beyond the `common` ones, which are computed once; idle tokens are not counted.
     """
     if layout == "packed":
         return common + sum(prompts) + sum(lengths)

@@ -298,10 +298,10 @@ def test_character_tokenizer_does_not_depend_on_the_order_of_texts():
     assert character_tokenizer(["12", "3"]).get_vocab() == character_tokenizer(["3", "21", "1"]).get_vocab()
 
 
-@pytest.mark.parametrize("shape", [(9, 200), (2, 3, 200), (900, 200)])
+@pytest.mark.parametrize("shape", [(9, 200), (2, 3, 200), (900, 200), (0, 200)])
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_product_of_onednn_and_its_gradient(shape, bias):
-    """Those of the plain layer, whichever side is transposed: of few rows and of many."""
+    """Those of the plain layer, whichever side is transposed: of few rows, of many, and of none."""
     generator = torch.Generator().manual_seed(0)
     layer, plain = Linear(200, 180, bias=bias), torch.nn.Linear(200, 180, bias=bias).double()
     plain.load_state_dict(layer.state_dict())
@@ -362,6 +362,17 @@ def test_prepacked_weights_give_the_same_products_and_are_given_up(kind, dtype):
     assert set(model.state_dict()) == names
     # Of three layers of one input the first alone is not called while they are together; alone, each is.
     assert counts.count(True) == 2 * 2 + 1
+
+
+def test_prepacked_weights_are_given_up_where_memory_ran_out(monkeypatch):
+    def full(*_):
+        raise MemoryError
+
+    model = Llama(LlamaConfig(30, hidden_size=264))
+    monkeypatch.setattr("torch.ops.mkldnn._reorder_linear_weight", full)
+    with pytest.raises(MemoryError), prepacked(model, 8):
+        pass
+    assert all(layer.joined is None for group in model.products() for layer in group)
 
 
 @pytest.mark.parametrize(("length", "keys", "heads"), [(1, 9, 4), (5, 9, 4), (5, 9, 2), (5, 600, 4)])
