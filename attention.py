@@ -167,13 +167,13 @@ class Cache:
                     kept[:, :, : self.length] = buffer[:, :, : self.length].index_select(0, rows)
 
 
-def spare(count: int, device: torch.device) -> int:
-    """How many idle tokens go with so many, on a CPU: that their sum be one of few numbers.
+def spare(count: int, device: torch.device, least: int = 64) -> int:
+    """How many idle tokens go with so many, on a CPU: that their sum be one of few numbers, multiples of `least`.
 
     For each number of rows oneDNN writes its kernels anew: a tenth of the time of the toy's fine-tuning, and small
     pieces of memory that last among the large ones, 2 GB of gaps in the main job.
     """
-    return -count % 2 ** max(6, count.bit_length() - 5) if device.type == "cpu" else 0
+    return -count % max(least, 2 ** max(0, count.bit_length() - 5)) if device.type == "cpu" else 0
 
 
 class Packed:

@@ -21,6 +21,7 @@ from attention import Cache, attention, attention_mask, attention_with
 
 WORDS = ("What", "is", "<answer>", "</answer>")  # strings that the toy's tokenizer keeps whole
 SPECIAL = ("<pad>", "<eos>", "<unk>")
+ONEDNN_FROM = 2**13  # weights of a product, more than which pay for kernels that oneDNN makes for each number of rows
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ class Linear(nn.Linear):
         if self.joined is not None:
             return side_by_side(x, self)[0]
         plain = x.dtype == self.weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
-        worth = self.weight.numel() > 2**15 and x.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        worth = self.weight.numel() > ONEDNN_FROM and x.device.type == "cpu" and torch.backends.mkldnn.is_available()
         if plain and worth:
             return Product.apply(x, self.weight, self.bias)
         return super().forward(x)
@@ -199,7 +200,7 @@ def prepacked(model: nn.Module, rows: int, dtype: torch.dtype = torch.float32) -
             bias = None if layers[0].bias is None else torch.cat([layer.bias.detach() for layer in layers])
             if layers[0] is not model.output_layer:
                 weight, bias = weight.to(dtype), bias if bias is None else bias.to(dtype)
-            if layers[0].weight.numel() > 2**16:  # the kernels that oneDNN writes for each number of rows must pay
+            if weight.numel() > ONEDNN_FROM:
                 weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
             layers[0].joined = weight, bias
         yield
@@ -287,13 +288,7 @@ class Llama(nn.Module):
                 std = residual_std if residual else self.config.initializer_range
                 nn.init.normal_(weight, std=std, generator=generator)
 
-    def forward(
-        self,
-        ids: torch.Tensor,
-        positions: torch.Tensor,
-        cache: Cache | None = None,
-        key_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def forward(self, ids, positions, cache: Cache | None = None, key_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Last hidden states (B, T, C) of int64 ids (B, T) at int64 positions (B, T).
 
         key_mask (B, L) is true on real tokens, over the rows' own cached and new ones; None: nothing is padding.

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import ranks
-from attention import Packed, Shared
+from attention import Packed, Shared, spare
 from commands import UserError, printable
 from model_toy import Llama, can_prepack, prepacked
 from policy_gaussian import GaussianPolicy
@@ -260,8 +260,8 @@ class TokenPolicy:
         """Decode up to T tokens for each row: ids (B, T), mask (B, T), log-probabilities (B, T) float32 or wider.
 
         `hidden` (B, C) predicts the first token, which stands at `positions` (B,); `choose` turns log-probabilities
-        (rows, V) and uniforms (rows,) into tokens. Ended rows are dropped from the batch, a tenth of it at a time; on
-        a GPU, which would have to wait for the count, only every eighth token looks for them.
+        (rows, V) and uniforms (rows,) into tokens. Ended rows are dropped from the batch, a tenth of it at a time, but
+        for `spare` ones on a CPU; on a GPU, which would have to wait for the count, only every eighth token looks.
         """
         actions = torch.full(uniforms.shape, self.pad_id, device=self.device)
         mask = torch.zeros_like(actions, dtype=torch.bool)
@@ -279,8 +279,9 @@ class TokenPolicy:
             left = int(going.sum()) if t % look_every == 0 else len(going)
             if t + 1 == actions.shape[1] or not left:
                 return actions.where(mask, self.pad_id), mask, logp.where(mask, 0.0)
+            left += spare(left, self.device, 8)
             if left < self.drop_below * len(going):
-                keep = going.nonzero()[:, 0]
+                keep = going.byte().argsort(descending=True, stable=True)[:left].sort()[0]
                 rows, token, positions, going = rows[keep], token[keep], positions[keep], going[keep]
                 cache.select(keep)
             hidden = self.model(token[:, None], positions[:, None], cache)[:, 0]

@@ -13,7 +13,7 @@ FLOORS = {  # file: its floor, the most lines it may have; the first drawing's n
     "sft.py": (9, 247),  # 200
     "inference.py": (8, 436),  # 380
     "checkpoints.py": (7, 450),  # 400
-    "policy.py": (6, 437),  # 500
+    "policy.py": (6, 438),  # 500
     "policy_gaussian.py": (5, 180),  # not drawn: policy.py and model_toy.py were full
     "rollouts.py": (4, 165),  # not drawn: policy.py had become 600 lines
     "tasks.py": (4, 460),  # 420, and room for another task
@@ -23,7 +23,7 @@ FLOORS = {  # file: its floor, the most lines it may have; the first drawing's n
     "commands.py": (0, 322),  # not drawn: the same
     "ranks.py": (0, 217),
     "model_hub.py": (1, 119),  # not drawn: checkpoints.py was full
-    "model_toy.py": (1, 405),  # 400
+    "model_toy.py": (1, 400),  # 400
     "attention.py": (0, 252),  # not drawn: model_toy.py had become 530 lines
     "plot_metrics.py": (1, 492),  # 450
 }
