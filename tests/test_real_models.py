@@ -117,6 +117,21 @@ def test_sampler_and_scorer_are_transformers(pair):
     torch.testing.assert_close(rollout.sampler_logp, expected, rtol=0, atol=2e-5)
 
 
+def test_only_our_own_whole_model_samples_in_inference_mode(pair, monkeypatch):
+    """Others may keep tensors for later. What a rollout holds is ordinary, so that autograd takes it."""
+    policy, _ = pair
+    modes = []
+    hook = policy.model.output_layer.register_forward_hook(lambda *_: modes.append(torch.is_inference_mode_enabled()))
+    rollout = policy.sample(EXAMPLES, 2, (0, 0, 0), 4)
+    assert set(modes) == {isinstance(policy.model, Llama)}
+    assert not any(x.is_inference() for x in vars(rollout).values() if isinstance(x, torch.Tensor))
+    monkeypatch.setattr("ranks.is_sharded", lambda _: True)
+    modes.clear()
+    policy.sample(EXAMPLES, 2, (0, 0, 0), 4)
+    assert set(modes) == {False}
+    hook.remove()
+
+
 BEGINNING = "What is 17 times 3? The answer is 51. Natalia sold clips to 48 of her friends, 0123456789. " * 3
 BEGUN = [Example(BEGINNING + example.prompt) for example in EXAMPLES]
 
