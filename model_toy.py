@@ -196,10 +196,9 @@ def prepacked(model: nn.Module, rows: int, dtype: torch.dtype = torch.float32) -
     groups = model.products() if can_prepack(model, dtype) else []
     try:
         for layers in groups:
-            weight = torch.cat([layer.weight.detach() for layer in layers])
-            bias = None if layers[0].bias is None else torch.cat([layer.bias.detach() for layer in layers])
-            if layers[0] is not model.output_layer:
-                weight, bias = weight.to(dtype), bias if bias is None else bias.to(dtype)
+            kind = torch.float32 if layers[0] is model.output_layer else dtype
+            weight = torch.cat([layer.weight.detach().to(kind) for layer in layers])
+            bias = None if layers[0].bias is None else torch.cat([layer.bias.detach().to(kind) for layer in layers])
             if weight.numel() > ONEDNN_FROM:
                 weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
             layers[0].joined = weight, bias
