@@ -20,7 +20,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Ten
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     rows, mask = q.view(len(q), k.shape[1], -1, q.shape[3]), None if mask is None else mask.to(q.dtype)
     if is_written_out(q, k, mask):
-        k = k if k.dtype == torch.float32 else k.contiguous()  # a tenth of sampling in bfloat16: bmm transposes slowly
+        k = k.contiguous() if k.dtype == torch.bfloat16 else k  # a tenth of sampling: bmm would transpose a copy
         scores = (rows * rows.shape[-1] ** -0.5) @ k.transpose(2, 3)
         return ((scores if mask is None else scores + mask).softmax(-1) @ v).view(q.shape)
     return F.scaled_dot_product_attention(rows, k, v, mask, is_causal=causal).reshape(q.shape)
@@ -99,7 +99,7 @@ def attention_with(texts: list[tuple], q, k, v, mask: torch.Tensor | None) -> to
     for text, keys, _ in texts:
         score = text.fold(rows) @ keys.transpose(2, 3)
         scores.append(text.unfold(score if text.mask is None else score + text.mask.to(score.dtype)))
-    own = rows @ k.transpose(2, 3)
+    own = rows @ (k.contiguous() if k.dtype == torch.bfloat16 else k).transpose(2, 3)
     scores.append(own if mask is None else own + mask.repeat(1, 1, heads[1], 1).to(own.dtype))
     weights = torch.cat(scores, -1).softmax(-1, torch.float32).to(v.dtype).split([x.shape[-1] for x in scores], -1)
     seen = weights[-1] @ v
@@ -174,7 +174,7 @@ def spare(count: int, device: torch.device, least: int = 64) -> int:
     For each number of rows oneDNN writes its kernels anew: a tenth of the time of the toy's fine-tuning, and small
     pieces of memory that last among the large ones, 2 GB of gaps in the main job.
     """
-    return -count % max(least, 2 ** max(0, count.bit_length() - 5)) if device.type == "cpu" else 0
+    return -count % max(least, 2 ** (count.bit_length() - 5)) if device.type == "cpu" else 0
 
 
 class Packed:

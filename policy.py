@@ -81,7 +81,7 @@ class TokenPolicy:
     """
 
     look_every: int | None = None  # tokens between two looks for ended rows; None: 8 on a GPU, else 1
-    drop_below = 0.9  # compact the batch once fewer rows than this are still decoding
+    drop_below = 0.9  # compact the batch once fewer rows than this would stay
     chunk_logits: int | None = None  # most logits at once while scoring; None: a 64th of the memory, in float32
     dtype = torch.float32  # of the matrix products
     revision: str | None = None  # of a model of the hub
@@ -263,8 +263,8 @@ class TokenPolicy:
         """Decode up to T tokens for each row: ids (B, T), mask (B, T), log-probabilities (B, T) float32 or wider.
 
         `hidden` (B, C) predicts the first token, which stands at `positions` (B,); `choose` turns log-probabilities
-        (rows, V) and uniforms (rows,) into tokens. Ended rows are dropped from the batch, a tenth of it at a time, but
-        for `spare` ones on a CPU; on a GPU, which would have to wait for the count, only every eighth token looks.
+        (rows, V) and uniforms (rows,) into tokens. Ended rows are dropped from the batch, a tenth of it at a time; on a
+        CPU a few stay, by `spare`; on a GPU, which would have to wait for the count, only every eighth token looks.
         """
         actions = torch.full(uniforms.shape, self.pad_id, device=self.device)
         mask = torch.zeros_like(actions, dtype=torch.bool)
@@ -282,7 +282,7 @@ class TokenPolicy:
             left = int(going.sum()) if t % look_every == 0 else len(going)
             if t + 1 == actions.shape[1] or not left:
                 return actions.where(mask, self.pad_id), mask, logp.where(mask, 0.0)
-            left += spare(left, self.device, 8)
+            left += spare(left, self.device, least=1)
             if left < self.drop_below * len(going):
                 keep = going.byte().argsort(descending=True, stable=True)[:left].sort()[0]
                 rows, token, positions, going = rows[keep], token[keep], positions[keep], going[keep]
