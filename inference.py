@@ -31,6 +31,7 @@ from commands import (
     parser_for,
     printable,
     read_json,
+    return_memory,
     run_main,
     write_json,
 )
@@ -349,6 +350,7 @@ def evaluate_run(run, policy: Policy, split: str, samples: int, seed: int = 0) -
     if not is_toy(policy) and ranks.FIRST:
         what = f"{count} {split.replace('_', '-')} problems, one greedy completion and {samples} samples of each"
         tqdm.write(f"evaluating: {what}, at most {config.max_new_tokens} tokens long (--eval-limit)", file=sys.stderr)
+    return_memory()
     with out_of_memory("--batch-size, --num-generations or --max-new-tokens"), ranks.whole(policy.model):
         return evaluate(policy, run.scored_task, run.data[split], config.max_new_tokens, samples, seed, rows)
 

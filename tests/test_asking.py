@@ -128,9 +128,13 @@ def test_what_an_evaluation_costs_is_said_before(chat, tmp_path, monkeypatch, ca
     command(monkeypatch, grpo, *words, "--out", tmp_path / "toy")
     assert "evaluating" not in capsys.readouterr().err
     monkeypatch.setattr(checkpoints, "TOY_WEIGHTS", 10)
+    returned = []
+    monkeypatch.setattr(inference, "return_memory", lambda: returned.append(1))
     command(monkeypatch, grpo, *words, "--out", tmp_path / "model")
     lines = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "evaluating" in line]
-    assert len(lines) in (4, 5)  # before, validation before and after, at the end the last policy and maybe another
+    assert (
+        len(lines) == len(returned) in (4, 5)
+    )  # before, validation before and after, at the end the last policy and maybe another
     assert "3 held-out problems, one greedy completion and 4 samples of each, at most 2 tokens long" in lines[0]
     assert "3 validation problems, one greedy completion and 2 samples of each" in lines[1]
 

@@ -20,7 +20,7 @@ FLOORS = {  # file: its floor, the most lines it may have; the first drawing's n
     "rewards.py": (3, 706),  # 520
     "runs.py": (2, 454),
     "states.py": (1, 325),  # not drawn: a run's folder; runs.py had become 640 lines
-    "commands.py": (0, 322),  # not drawn: the same
+    "commands.py": (0, 328),  # not drawn: the same
     "ranks.py": (0, 217),
     "model_hub.py": (1, 119),  # not drawn: checkpoints.py was full
     "model_toy.py": (1, 399),  # 400

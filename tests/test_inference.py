@@ -215,3 +215,23 @@ def test_eval_writes_a_report_and_every_completion(monkeypatch, capsys, folders,
     assert status == 2 and "report.json exists" in errors
     status, _, errors = run(monkeypatch, capsys, "What is 1?", "--report", tmp_path / "x.json")
     assert status == 2 and "--eval" in errors
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the allocator is glibc's")
+def test_free_memory_goes_back_to_the_system():
+    """What `keep_memory` kept, and what lies between lasting pieces, too; in a process that has no other memory."""
+    script = """
+import commands
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 // 2**20
+commands.keep_memory()
+pieces = [b"x" * 2**20 for _ in range(200)]
+lasting = pieces[::2]
+before, pieces = resident(), None
+kept = resident()
+commands.return_memory()
+print(before - kept, kept - resident())
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=SCRIPT.parent, capture_output=True, text=True)
+    freed, returned = map(int, done.stdout.split())
+    assert freed < 10 and 90 < returned < 110
