@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 import commands
+import ranks
 from commands import UserError, option
 
 NOTHING = (0, 1, "none", "sum")  # defaults by which a cell does nothing, and is not shown
@@ -145,6 +146,13 @@ def pairwise_advantages(rewards: torch.Tensor, mean_logp: torch.Tensor, strength
     difference = mean_logp.detach()[:, :, None] - mean_logp.detach()[:, None, :]
     pull = strength * torch.sigmoid(-strength * difference) * share
     return rewards.numel() * (pull.sum(2) - pull.sum(1))
+
+
+def pairwise_of_all(order: torch.Tensor, mean_logp: torch.Tensor, strength: float) -> torch.Tensor:
+    """This rank's rows of what `pairwise_advantages` gives for the groups of all, from this rank's (P, G) and (B,)."""
+    parts = (order, mean_logp.view_as(order))
+    everywhere = [torch.cat([x.to(order.device) for x in ranks.gather(part)]) for part in parts]
+    return ranks.own(pairwise_advantages(*everywhere, strength))
 
 
 def max_at_k(rewards: torch.Tensor, k: int) -> torch.Tensor:

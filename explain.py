@@ -7,6 +7,7 @@ from types import ModuleType
 
 import torch
 
+from algorithms import pairwise_advantages
 from commands import printable
 from policy import TokenPolicy, score_rollout
 from rewards import RewardFunction, Rewards, apply_reward
@@ -71,7 +72,7 @@ def not_descended(run, rollout, advantages: torch.Tensor, mathematics: ModuleTyp
     old_logp, entropy = score_rollout(policy, rollout, budget), score_rollout(policy, rollout, budget, entropy=True)
     if algorithm.advantage == "pairwise":
         mean_logp = (old_logp.sum(1) / rollout.mask.sum(1)).view_as(advantages)
-        advantages = mathematics.pairwise_advantages(advantages, mean_logp, algorithm.preference_strength)
+        advantages = pairwise_advantages(advantages, mean_logp, algorithm.preference_strength)
     logp, mask = old_logp.clone().requires_grad_(), mathematics.loss_mask(rollout, algorithm)
     whole = max(1, mathematics.loss_denominator(mask, algorithm.aggregate, run.config.max_new_tokens))
     weight = mathematics.loss_weight(

@@ -16,22 +16,17 @@ the start and stays, unless --ref-update-every asks for the paper's outer iterat
 advantage exactly 0, not 0 divided by an epsilon; (d) the learning rate is constant after a warm-up.
 
 The other algorithms (Dr. GRPO, DAPO, GSPO, CISPO, RLOO, ...) are rows of the table in algorithms.py: same steps, other
-cells.
+cells. Settings, and what a run holds and prepares, are in grpo_run.py.
 
 Shapes: P prompts, G completions each, B = P * G rows in prompt-major order (row p * G + g), T completion tokens.
 Rewards and advantages are (P, G) until the loss; log-probabilities are (B, T), masked where a row has ended.
 """
 
-import copy
-import dataclasses
 import math
 import statistics
 import sys
 import time
-from collections import Counter, deque
-from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import Literal
+from collections import Counter
 
 import numpy as np
 import torch
@@ -40,17 +35,16 @@ import commands
 import explain
 import ranks
 import runs
-import sft
-import states
-from algorithms import ALGORITHMS, Algorithm, correction_weight, max_at_k, pairwise_advantages
-from checkpoints import choose_device, dry_run, introduce, is_toy, load, open_policy, sampler_dtypes, save
-from commands import NotFinite, UserError, option, out_of_memory
-from inference import evaluate_run, make_scorer, measure_rollout, report, show_number
-from policy import Policy, frozen, mean_log_probs, score_rollout
-from rewards import Rewards, RewardSettings, Scores, soft_overlong
+from algorithms import ALGORITHMS as ALGORITHMS  # for who compares with a row
+from algorithms import Algorithm, correction_weight, max_at_k, pairwise_of_all
+from checkpoints import dry_run, save
+from commands import NotFinite, UserError, out_of_memory
+from grpo_run import GRPOConfig, GRPORun, evaluate_run, own_groups, prepare, rates, report
+from inference import measure_rollout, show_number
+from policy import Policy, mean_log_probs, score_rollout
+from rewards import Scores
 from rollouts import Rollout, join, micro_batches
-from runs import Run, RunSettings
-from tasks import TASKS, Example, Task, find_task, load_task, take_prompts
+from tasks import Example, take_prompts
 
 
 def is_flat(rewards: torch.Tensor) -> torch.Tensor:
@@ -233,12 +227,8 @@ def bounded(log_ratio, advantage, logp, algorithm: Algorithm) -> tuple[torch.Ten
 def loss_metrics(logp, ref_logp, log_ratio, advantage, mask, algorithm: Algorithm) -> dict[str, torch.Tensor]:
     """Sums over tokens of the KL and of what the bounds took the gradient from; and the largest ratio."""
     low, high = bounded(log_ratio, advantage, logp, algorithm)
-    metrics = {
-        "tokens": mask.sum(),
-        "clip_low": (mask & low).sum(),
-        "clip_high": (mask & high).sum(),
-        "ratio_max": torch.where(mask, log_ratio.exp(), 0.0).max(),
-    }
+    metrics = {"tokens": mask.sum(), "ratio_max": torch.where(mask, log_ratio.exp(), 0.0).max()}
+    metrics |= {"clip_low": (mask & low).sum(), "clip_high": (mask & high).sum()}
     if ref_logp is not None:
         metrics["kl"] = kl_penalty(logp, ref_logp).sum()
         metrics["kl_k1"] = kl_penalty(logp, ref_logp, "k1").sum()
@@ -262,14 +252,14 @@ def mixed_advantages(scores: Scores, algorithm: Algorithm) -> torch.Tensor:
     return total
 
 
-def train_step(run: "GRPORun", step: int) -> dict[str, float]:
+def train_step(run: GRPORun, step: int) -> dict[str, float]:
     """One step of GRPO; the numbers are those at the top of this file. Returns what was measured."""
     config, algorithm, policy = run.config, run.config.resolved_algorithm, run.policy
     clock = [time.perf_counter()]  # the start, then the end of sampling, scoring and updating
     run.optimizer.param_groups[0]["lr"] = config.learning_rate * min(1.0, step / max(1, config.warmup_steps))
     with out_of_memory("--batch-size, --num-generations or --max-new-tokens"), ranks.whole(policy.model):
         examples = take_prompts(run.data["train"], step, config.batch_size, config.seed)  # (1)
-        rollout = sample_groups(run, examples, (config.seed, step, 0))  # (2)
+        rollout = run.sample_groups(examples, (config.seed, step, 0))  # (2)
         scores, metrics = ranks.first(run.rewards, examples, rollout, run.position.reward_state)  # (3)
         metrics |= measure_rollout(rollout, scores.total, examples, run.task)
         metrics["zero_std_groups"] = flat_groups(scores, algorithm).float().mean().item()
@@ -290,27 +280,6 @@ def train_step(run: "GRPORun", step: int) -> dict[str, float]:
         return run.record(metrics | rates(rollout, metrics, config, clock))
 
 
-def sample_groups(run: "GRPORun", examples: list[Example], key: tuple[int, int, int]) -> Rollout:
-    """A group of completions of each example; key is (seed, step, draw) and names the random numbers."""
-    start, end = ranks.share(len(examples))
-    size, width = run.config.num_generations, run.config.max_new_tokens
-
-    def sample() -> Rollout | None:
-        rollout = run.sampler.sample(examples[start:end], size, key, width, first=start) if start < end else None
-        return rollout if rollout is None or ranks.WORLD == 1 else rollout.to("cpu")  # to be told to the others
-
-    parts = [part.to(run.policy.device) for part in ranks.every(sample) if part is not None]
-    return parts[0] if len(parts) == 1 else join(parts)
-
-
-def own_groups(rollout: Rollout, advantages: torch.Tensor) -> tuple[Rollout, torch.Tensor]:
-    """What this rank scores and learns from: its share of the groups, all of them where it is alone."""
-    groups = ranks.own(torch.arange(len(advantages), device=rollout.group.device))
-    if len(groups) == len(advantages):
-        return rollout, advantages
-    return rollout.select(torch.isin(rollout.group, groups).nonzero()[:, 0]), ranks.own(advantages)
-
-
 def flat_groups(scores: Scores, algorithm: Algorithm) -> torch.Tensor:
     """Which groups (P,) have equal rewards before the overlong penalty (DAPO, section 3.2, looks at accuracy alone)."""
     judged = slice(0, -1 if algorithm.overlong_buffer else None)  # the penalty stands last
@@ -319,7 +288,7 @@ def flat_groups(scores: Scores, algorithm: Algorithm) -> torch.Tensor:
     return is_flat(parts.float()).all(1)
 
 
-def replace_flat_groups(run: "GRPORun", step: int, examples: list[Example], rollout: Rollout, scores: Scores):
+def replace_flat_groups(run: GRPORun, step: int, examples: list[Example], rollout: Rollout, scores: Scores):
     """A rollout and its scores with other groups in the place of flat ones, and counts of all that was sampled.
 
     Groups of equal rewards teach nothing: they are replaced by groups of fresh prompts, at most `max_resample` times
@@ -333,7 +302,7 @@ def replace_flat_groups(run: "GRPORun", step: int, examples: list[Example], roll
             fresh = take_prompts(run.data["train"], step, config.batch_size, config.seed, draw)
             examples = sorted(fresh, key=lambda example: id(example) in used)[:missing]  # new ones first
             used |= set(map(id, examples))
-            rollout = sample_groups(run, examples, (config.seed, step, draw))
+            rollout = run.sample_groups(examples, (config.seed, step, draw))
             scores, _ = ranks.first(run.rewards, examples, rollout, run.position.reward_state)
         counts.update(samples=len(rollout.texts), tokens=int(rollout.mask.sum()))
         keep = ~flat_groups(scores, run.config.resolved_algorithm) | (draw == last_draw)
@@ -352,9 +321,7 @@ def loss_mask(rollout: Rollout, algorithm: Algorithm) -> torch.Tensor:
     return rollout.mask & ~rollout.truncated[:, None] if algorithm.mask_truncated else rollout.mask
 
 
-def high_entropy_tokens(
-    policy: Policy, rollout: Rollout, algorithm: Algorithm, token_budget: int
-) -> torch.Tensor | None:
+def high_entropy_tokens(policy: Policy, rollout: Rollout, algorithm: Algorithm, budget: int) -> torch.Tensor | None:
     """The tokens (B, T) of the loss with the highest entropy, a share `top_entropy` of all; None if that is all.
 
     The policy is uncertain where it decides, and the rewards act there only (arXiv 2506.01939). One threshold for the
@@ -363,7 +330,7 @@ def high_entropy_tokens(
     if algorithm.top_entropy == 1:
         return None
     with ranks.whole(policy.model):
-        entropy = score_rollout(policy, rollout, token_budget, entropy=True)
+        entropy = score_rollout(policy, rollout, budget, entropy=True)
     everywhere = torch.cat(ranks.gather(entropy[loss_mask(rollout, algorithm)].cpu())).numpy()
     if not len(everywhere):  # all rows are truncated, and masked
         return torch.zeros_like(rollout.mask)
@@ -383,7 +350,7 @@ def loss_weight(
 
 def update(
     policy: Policy, reference: Policy | None, optimizer: torch.optim.Optimizer, rollout: Rollout,
-    advantages: torch.Tensor, ref_logp: torch.Tensor | None, config: "GRPOConfig",
+    advantages: torch.Tensor, ref_logp: torch.Tensor | None, config: GRPOConfig,
 ) -> dict[str, float]:  # fmt: skip
     """Take the inner updates on a rollout, given advantages (P, G) and ref_logp (B, T); returns the metrics.
 
@@ -448,8 +415,7 @@ def backward(
         stats["sampler_kl"] = (part.sampler_logp - old)[mask].sum()
         if weight is not None:
             stats["weight"] = weight[mask].sum()
-        exact_kl = policy.exact_kl(reference, part) if reference else None
-        if exact_kl is not None:  # of a Gaussian policy
+        if reference and (exact_kl := policy.exact_kl(reference, part)) is not None:  # of a Gaussian policy
             stats["kl"] = exact_kl.sum()
         for name in peaks:
             peaks[name] = max(peaks[name], stats.pop(name).item())
@@ -461,90 +427,7 @@ def backward(
     return old_logp, sums, peaks, bad
 
 
-def pairwise_of_all(order: torch.Tensor, mean_logp: torch.Tensor, strength: float) -> torch.Tensor:
-    """This rank's rows of what `pairwise_advantages` gives for the groups of all, from this rank's (P, G) and (B,)."""
-    parts = (order, mean_logp.view_as(order))
-    everywhere = [torch.cat([x.to(order.device) for x in ranks.gather(part)]) for part in parts]
-    return ranks.own(pairwise_advantages(*everywhere, strength))
-
-
-def rates(rollout: Rollout, metrics: dict, config: "GRPOConfig", clock: list[float]) -> dict[str, float]:
-    """Seconds and tokens per second of a step and its parts; `clock` is its start, then the end of each part."""
-    start, sampled, scored, end = clock
-    tokens, scores = int(rollout.mask.sum()), config.resolved_algorithm.beta > 0
-    return {
-        **{"seconds": end - start, "seconds_sample": sampled - start},
-        **{"seconds_score": scored - sampled, "seconds_update": end - scored},
-        "tokens_per_second": metrics["tokens"] / (end - start),
-        "tokens_per_second_sample": metrics["tokens"] / (sampled - start),
-        "tokens_per_second_score": tokens / (scored - sampled) if scores else 0.0,
-        "tokens_per_second_update": tokens * config.num_inner_updates / (end - scored),
-    }
-
-
-@dataclass(kw_only=True)
-class GRPORun(Run):
-    """A run of GRPO: policy and reference, problems by split, and the rewards."""
-
-    name = "grpo"
-    shown = ("reward", "accuracy", "kl")
-    warnings = {  # each said once, in a sentence that names what helps
-        "truncated": (lambda m: m.get("truncated", 0) >= 0.9, "9 in 10 completions are cut: raise --max-new-tokens"),
-        "flat": (
-            lambda m: m.get("zero_std_groups") == 1 and m.get("accuracy", 0) < 1,
-            "all rewards of each group are equal, so nothing is learned: raise --num-generations or --temperature",
-        ),
-        "format": (lambda m: m.get("format") == 0, "no completion has an answer's format: teach it first, with sft.py"),
-        "judge": (
-            lambda m: m.get("missing/judge") == 1,
-            "the judge scored nothing and is left out: check --judge-url, --judge-model and JUDGE_API_KEY",
-        ),
-        "kl": (lambda m: m.get("kl", 0) > 1, "KL above 1 nat per token: lower --learning-rate or raise --beta"),
-    }
-
-    task: Task
-    data: dict[str, list[Example]]  # by split
-    rewards: Rewards
-    reference: Policy | None
-    samplers: deque[Policy] = field(default_factory=deque)  # of the last steps, oldest first; none: the policy itself
-
-    @property
-    def models(self) -> dict:
-        """With the reference, where steps change it, and with what samples."""
-        models = super().models | {f"sampler_{i}": sampler.model for i, sampler in enumerate(self.samplers)}
-        return models | ({"reference": self.reference.model} if self.config.ref_update_every else {})
-
-    @property
-    def sampler(self) -> Policy:
-        return self.samplers[0] if self.samplers else self.policy
-
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        """As for every run; and after each step, a skipped one too, the oldest sampler becomes the policy as it is."""
-        with self.unbroken():
-            if self.samplers:
-                self.samplers.rotate(-1)
-                self.samplers[-1].model.load_state_dict(self.policy.model.state_dict())
-            super().log(step, metrics)
-
-    @property
-    def scored_task(self) -> Task:
-        """The task as it is evaluated: by its accuracy, or by the total reward where it has none."""
-        if self.task.score == "accuracy":
-            return self.task
-        return dataclasses.replace(self.task, metrics={"total_reward": self.rewards.total, **self.task.metrics})
-
-    def warn(self, metrics: dict[str, float]) -> None:
-        alive = self.config.resolved_algorithm.advantage == "batch_mean"  # under which flat groups teach, too
-        super().warn(metrics | ({"zero_std_groups": 0.0} if alive else {}))
-
-    def reason_to_stop(self, metrics: dict[str, float]) -> str | None:
-        kl, limit = metrics.get("kl") or 0, self.config.kl_limit
-        if limit is not None and kl > limit:
-            return f"KL {kl:.3f} is above --kl-limit {limit}"
-        return super().reason_to_stop(metrics)
-
-
-def train(config: "GRPOConfig") -> GRPORun:
+def train(config: GRPOConfig) -> GRPORun:
     """Train a policy with GRPO and return the run: its last policy in `run.policy`, the best one in `config.out`."""
     run = prepare(config)
     with run:
@@ -572,193 +455,8 @@ def validate(run: GRPORun, step: int) -> dict[str, float]:
     greedy, sampled = show_number(name, result.get(name, -math.inf)), show_number(name, score)
     run.say(f"step {step}: validation {name} {greedy} greedy, {sampled} sampled")
     with ranks.whole(run.policy.model):
-        show_group(run, step)
+        run.show_group(step)
     return {f"validation_{name}": value for name, value in result.items()}
-
-
-def show_group(run: GRPORun, step: int) -> None:
-    """Sample a group of the first validation question into samples.jsonl, and print its best and its worst.
-
-    The question and the random numbers are those of every other step: what differs is the policy.
-    """
-    if not ranks.FIRST:
-        return
-    config, examples = run.config, run.data["validation"][:1]
-    key, width = (config.seed, 0, 0), config.max_new_tokens
-    rollout = run.policy.sample(examples, config.num_generations, key, width, explore=False)
-    try:
-        scores, _ = run.rewards(examples, rollout, copy.deepcopy(run.position.reward_state))  # to look changes nothing
-    except NotFinite as error:  # as in a step, of which this is none
-        return run.say(f"warning: no samples are shown: {error}", file=sys.stderr)
-    group = []
-    for text, reward in zip(rollout.texts, scores.total[0].tolist(), strict=True):
-        group.append({"step": step, "question": examples[0].question, "completion": text, "reward": reward})
-    run.append("samples.jsonl", *group)
-    run.say(f"  {commands.printable(examples[0].question)} The best and the worst of {len(group)}:")
-    for choose in (max, min):
-        row = choose(group, key=lambda row: row["reward"])
-        run.say(f"  {row['reward']:4.1f}  {commands.printable(row['completion'])}")
-
-
-@dataclass(frozen=True)
-class GRPOConfig(commands.optional_fields(Algorithm, "Default: the algorithm's."), RewardSettings, RunSettings):
-    """Settings of grpo.py."""
-
-    task: Literal[*TASKS] = option("arithmetic", "Task to train on.", "model and data")
-    algorithm: Literal[*ALGORITHMS] = option("grpo", "Row of the table of algorithms.", "algorithm")
-    batch_size: int = option(32, "Prompts in one step (P).", "algorithm", above_zero=True)
-    num_generations: int = option(16, "Completions of each prompt (G).", "algorithm", above_zero=True)
-    num_inner_updates: int = option(1, "Optimizer steps on each rollout.", "algorithm", above_zero=True)
-    learning_rate: float | None = option(
-        None, "After the warm-up. Default: 1e-4 for a toy, else 5e-6.", "algorithm", above_zero=True, may_change=True
-    )
-    warmup_steps: int = option(5, "Steps in which the learning rate rises from 0.", "algorithm")
-    ref_update_every: int | None = option(
-        None, "The policy becomes the reference every so many steps. Default: never.", "algorithm", above_zero=True
-    )
-    temperature: float = option(1.0, "Of the policy and of the reference alike.", "sampling", at_least=0.001)
-    exploration_noise: float | None = option(
-        None, "Share of uniform noise in the policy; an autoencoder's sigma. Default: 0, and 0.5.", "sampling"
-    )
-    rollout_lag: int = option(
-        0, "Rollouts are of the policy so many steps ago, the first ones of the first.", "sampling"
-    )
-    sampler_dtype: Literal["float32", "bfloat16"] | None = option(
-        None, "Precision in which a copy of the policy samples. Default: the policy itself does.", "sampling"
-    )
-    max_new_tokens: int | None = option(None, "Longest completion. Default: the task's.", "sampling", above_zero=True)
-    steps: int = option(40, "Steps; one step is one rollout.", "how long", above_zero=True)
-    eval_limit: int | None = option(
-        None, "At most so many validation and held-out problems.", "how long", above_zero=True
-    )
-    kl_limit: float | None = option(
-        None, "Stop when the KL, in nats per token, exceeds this. Default: never.", "how long", above_zero=True
-    )
-    out: str = option("saved_model", "Checkpoint, metrics, samples, figures and states.", "run folder")
-    dry_run: bool = option(False, "Say what a step will need in memory and work, and stop.", "run folder")
-    trace: bool = option(False, "Show one step for one question, (1) to (6), but no update, and stop.", "run folder")
-
-    def __post_init__(self):
-        super().__post_init__()
-        row = self.resolved_algorithm
-        if self.num_generations < 2 and row.advantage != "batch_mean":
-            raise UserError(f"--num-generations is {self.num_generations}; a group needs at least 2 to be compared")
-        if row.advantage == "max_at_k" and row.k > self.num_generations:
-            raise UserError(f"--k is {row.k}; it must be at most --num-generations, {self.num_generations}")
-        if self.policy == "autoencoder" and self.exploration_noise == 0:
-            raise UserError("--exploration-noise is the autoencoder's standard deviation; it must be above 0")
-        if self.policy == "transformer" and (self.exploration_noise or 0.0) >= 1:
-            raise UserError(f"--exploration-noise is {self.exploration_noise}, a share; it must be below 1")
-        if self.shard and (self.rollout_lag or self.sampler_dtype):
-            raise UserError("--rollout-lag and --sampler-dtype keep whole copies of the policy; leave out --shard")
-        if self.rollout_lag >= self.steps:
-            raise UserError(f"--rollout-lag is {self.rollout_lag}; it must be below --steps, {self.steps}")
-        if self.policy == "autoencoder" and self.sampler_dtype:
-            raise UserError("--sampler-dtype is for transformers, an autoencoder is small; leave it out")
-        if self.policy == "autoencoder" and (row.entropy_bonus or row.top_entropy < 1):
-            raise UserError("--entropy-bonus and --top-entropy: an autoencoder's entropy is constant; leave them out")
-        for name, needed in row.idle.items():
-            if getattr(self, name) is not None:
-                raise UserError(f"{commands.flag_of(name)} does nothing without {needed}; leave it out, or give both")
-
-    @property
-    def sampling(self) -> dict[str, float | None]:
-        """How the policy samples, as `load` takes it."""
-        return {"temperature": self.temperature, "exploration_noise": self.exploration_noise or None}
-
-    @property
-    def resolved_algorithm(self) -> Algorithm:
-        """The algorithm's row with the cells that flags override."""
-        cells = {field.name: getattr(self, field.name) for field in fields(Algorithm)}
-        given = {name: value for name, value in cells.items() if value is not None}
-        return dataclasses.replace(ALGORITHMS[self.algorithm], **given)
-
-
-def prepare(config: GRPOConfig) -> GRPORun:
-    """Check everything, open the run folder, make the base policy if there is none, or restore all with --resume."""
-    task, out = find_task(config.task), Path(config.out)
-    config, policy, data, rewards, pins = checked(config, task)
-    algorithm = config.resolved_algorithm
-    if not config.trace:
-        states.start_run(config, algorithm=dataclasses.asdict(algorithm), revision=getattr(policy, "revision", None))
-    if policy is None and not config.resume:
-        print(f"no --model: first a toy base policy, fine-tuned into {out / 'base'}, about 1 or 2 minutes on two cores")
-    completions = f"{config.batch_size} x {config.num_generations} completions"
-    print(f"{config.steps} steps on {config.task}, each of {completions} (a second or less for a toy), into {out}")
-    print(f"{config.algorithm}: {algorithm}")
-    if policy is None:
-        policy = load(sft.toy(config), choose_device(config.device), config.dtype, **config.sampling)
-        data = policy.fitting(data, config.max_new_tokens)
-    introduce(policy, config, data["train"][0].prompt)
-    policy.model.checkpointing = config.gradient_checkpointing
-    reference = frozen(policy) if algorithm.beta > 0 else None
-    if rewards.needs_scorer and not config.scorer:
-        start = reference if reference and not config.ref_update_every else policy
-        rewards.take_scorer(make_scorer(config, start))
-    if config.shard and not config.trace:
-        ranks.shard(policy.model)
-    run = GRPORun(
-        config=config, policy=policy, optimizer=runs.adamw(policy.model, weight_decay=0.0), last_step=config.steps,
-        task=task, data=data, rewards=rewards, reference=reference, samplers=copies_to_sample(policy, config),
-    )  # fmt: skip
-    if not config.trace:
-        states.pin(config, **pins | {"model": states.digest_of(policy.model)})
-    if config.resume or not config.trace:  # whose --out may hold another run
-        run.restore(write=not config.trace)
-    if run.position.best_step is None and not config.trace:
-        before = evaluate_run(run, policy, "held_out", samples=4)
-        ranks.first(commands.write_json, out / "evaluation.json", {"base": {"step": 0, **before}})
-    return run
-
-
-def copies_to_sample(policy: Policy, config: GRPOConfig) -> deque[Policy]:
-    """The frozen copies of a policy that sample in its place, oldest first; none where it samples itself.
-
-    The policy as it is now has one, too, since the step that will need it again has then moved it.
-    """
-    copies = deque()
-    with out_of_memory("--rollout-lag"):
-        for dtype in sampler_dtypes(policy, config):
-            source = copy.copy(policy)
-            source.dtype = dtype
-            copies.append(frozen(source))
-    return copies
-
-
-def checked(config: GRPOConfig, task: Task) -> tuple[GRPOConfig, Policy | None, dict, Rewards, dict[str, str]]:
-    """Settings in full, the --model, problems by split, rewards, and digests of what they were made of.
-
-    What is wrong is found here, before any file is touched.
-    """
-    device, noise = choose_device(config.device), {"transformer": 0.0, "autoencoder": 0.5}[config.policy]
-    config = dataclasses.replace(
-        config,
-        rewards=config.rewards or task.rewards,
-        max_new_tokens=config.max_new_tokens or task.max_new_tokens,
-        exploration_noise=noise if config.exploration_noise is None else config.exploration_noise,
-    )
-    if config.batch_size < ranks.WORLD:
-        raise UserError(f"--batch-size is {config.batch_size}; {ranks.WORLD} processes need as many prompts at least")
-    algorithm, rewards = config.resolved_algorithm, Rewards.from_settings(config)
-    if algorithm.overlong_buffer:
-        rewards.mix["overlong-penalty"] = (soft_overlong(config.max_new_tokens, algorithm.overlong_buffer), 1.0)
-    policy = open_policy(config, task, **config.sampling)
-    config = dataclasses.replace(config, learning_rate=config.learning_rate or (1e-4 if is_toy(policy) else 5e-6))
-    chat, sizes = policy is not None and policy.chat, (config.limit, config.shots, config.eval_limit)
-    data = load_task(task, chat, *sizes, data=config.data)
-    rewards.check_columns(config.task, data["train"][0].columns)
-    data = policy.fitting(data, config.max_new_tokens) if policy else data
-    pins = {"data": states.digest_of(data={"train": data["train"]})}  # --eval-limit may change
-    if config.scorer:
-        scorer = load(config.scorer, device, config.dtype)
-        pins["scorer"] = states.digest_of(scorer.model)
-        rewards.take_scorer(make_scorer(config, scorer))
-    base = Path(config.out) / "base"
-    if policy is None and not (config.resume or config.overwrite) and base.exists():
-        raise UserError(f"--out: {str(base)!r} exists; start from it with --model, or give --overwrite")
-    if config.trace and policy is None and not config.resume:
-        raise UserError(f"--trace needs a --model, such as the base policy of a run: --model {base}")
-    return config, policy, data, rewards, pins
 
 
 EXAMPLES = """the commonest:

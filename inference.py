@@ -4,10 +4,8 @@ python inference.py "What is (4 - 9) * 6?"
 python inference.py --eval --model saved_model/base saved_model
 """
 
-import copy
 import functools
 import math
-import shlex
 import statistics
 import sys
 from collections.abc import Callable
@@ -20,23 +18,21 @@ import torch
 from tqdm import tqdm
 
 import ranks
-from checkpoints import choose_device, find_checkpoint, is_toy, load
+from checkpoints import choose_device, find_checkpoint, load
 from commands import (
     UserError,
     append_json,
     check_settings,
-    flag_of,
     option,
     out_of_memory,
     parser_for,
     printable,
     read_json,
-    return_memory,
     run_main,
     write_json,
 )
-from policy import Policy, TokenPolicy, frozen, mean_log_probs
-from rewards import answer_format, apply_reward, extract_answer, text_of
+from policy import Policy
+from rewards import answer_format, apply_reward, extract_answer
 from rollouts import Rollout
 from tasks import TASKS, Example, Task, find_task, load_task, pose, worked_examples
 
@@ -171,36 +167,6 @@ def records(examples: list[Example], table: dict[str, list], greedy: bool) -> li
     return [question | measures for question, measures in zip(asked, measured, strict=True)]
 
 
-def make_scorer(config, policy: Policy) -> Callable[..., list[float]]:
-    """What rewards know as `scorer`: mean log-probability per token of completions under a policy that does not learn.
-
-    That is the one of --scorer, or without it a frozen copy of the policy at the start. The latter scores the sampled
-    ids as they are; another model's tokenizer reads the text again, and what exceeds its context is cut off. Raises
-    UserError.
-    """
-    if not isinstance(policy, TokenPolicy):
-        raise UserError("--rewards perplexity needs a language model as its scorer; an autoencoder is none")
-    learns = not config.scorer and next(policy.model.parameters()).requires_grad
-    policy = frozen(policy) if learns else copy.copy(policy)
-    policy.temperature, policy.exploration_noise = 1.0, 0.0
-
-    def scorer(prompts, completions, completion_ids) -> list[float]:
-        ids = completion_ids
-        if config.scorer:
-            texts = [text_of(completion) for completion in completions]
-            ids = [row or policy.end_ids[:1] for row in policy.tokenizer(texts, add_special_tokens=False).input_ids]
-        if not policy.chat:
-            prompts = [text_of(prompt) for prompt in prompts]
-        prompts, room, first = policy.encode(prompts), policy.model.max_length, {}
-        ids = [row[: max(1, room - len(prompt))] for row, prompt in zip(ids, prompts, strict=True)]
-        rollout = policy.pack([prompt[-(room - 1) :] for prompt in prompts], ids, [""] * len(ids))
-        group = [first.setdefault(tuple(prompt), i) for i, prompt in enumerate(prompts)]  # equal prompts share a pass
-        rollout.group = torch.tensor(group, device=policy.device)
-        return mean_log_probs(policy, rollout, config.micro_batch_tokens).tolist()
-
-    return scorer
-
-
 @dataclass(frozen=True)
 class InferenceConfig:
     """Settings of inference.py."""
@@ -321,61 +287,6 @@ def results_table(results: dict[str, dict[str, float]]) -> str:
     widths = [max(map(len, column)) for column in columns]
     lines = zip(*columns, strict=True)
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
-
-
-def next_commands(config, question: str, start: str) -> str:
-    """What to try after a run of grpo.py: ask its policy, ask the one it started from beside it, another algorithm."""
-    task = find_task(config.task)
-    asked = [printable(question), *(["--task", task.name] if task.name != "arithmetic" else [])]
-
-    def given(*names: str) -> list[str]:
-        values = {name: getattr(config, name) for name in names}
-        usual = (None, 0, "transformer", task.rewards, task.max_new_tokens)
-        return [word for name, value in values.items() if value not in usual for word in (flag_of(name), str(value))]
-
-    how = given("shots", "chat_template", "thinking", "max_new_tokens")  # which the start does not know by itself
-    again = ["--task", task.name, "--model", start, "--out", "another_run", "--algorithm", "dr_grpo"]
-    again += [*given("data", "policy", "rewards", "judge_url", "eval_limit"), *how]
-    beside = [*asked, "--model", start, config.out, "--samples", "4", *how]
-    return f"""Next:
-  python inference.py {shlex.join(asked)} --model {shlex.quote(config.out)}
-  python inference.py {shlex.join(beside)}
-  python grpo.py {shlex.join(again)}"""
-
-
-def evaluate_run(run, policy: Policy, split: str, samples: int, seed: int = 0) -> dict[str, float]:
-    """Evaluate a policy on a split of a run of grpo.py, as many rows at once as a step samples; raises UserError."""
-    config, count = run.config, len(run.data[split])
-    rows = config.batch_size * config.num_generations
-    if not is_toy(policy) and ranks.FIRST:
-        what = f"{count} {split.replace('_', '-')} problems, one greedy completion and {samples} samples of each"
-        tqdm.write(f"evaluating: {what}, at most {config.max_new_tokens} tokens long (--eval-limit)", file=sys.stderr)
-    return_memory()
-    with out_of_memory("--batch-size, --num-generations or --max-new-tokens"), ranks.whole(policy.model):
-        return evaluate(policy, run.scored_task, run.data[split], config.max_new_tokens, samples, seed, rows)
-
-
-def report(run) -> None:
-    """Evaluate on the held-out problems, print before and after, draw the figures, say what to try next."""
-    import plot_metrics  # here, since matplotlib is slow to import and a question needs no figure
-
-    config, position, out = run.config, run.position, run.out
-    base = read_json(out / "evaluation.json").get("base") if (out / "evaluation.json").exists() else None
-    sound = isinstance(base, dict) and all(isinstance(value, float | int) for value in base.values())
-    last = {"step": position.step, **evaluate_run(run, run.policy, "held_out", samples=4)}
-    best = last
-    if position.best_step != position.step:
-        policy = load(out, run.policy.device, config.dtype, config.temperature, config.exploration_noise)
-        best = {"step": position.best_step, **evaluate_run(run, policy, "held_out", samples=4)}
-    results = ({"base": base} if sound else {}) | {"best": best, "last": last}
-    if not ranks.FIRST:
-        return
-    write_json(out / "evaluation.json", results)
-    print(f"\n{len(run.data['held_out'])} held-out problems, before and after (95 % intervals):")
-    print(results_table({f"{name} (step {result['step']})": result for name, result in results.items()}))
-    figures = plot_metrics.plot([out], out)
-    print(f"\nbest checkpoint and metrics: {out}   figures: {', '.join(map(str, figures))}")
-    print(next_commands(config, run.data["held_out"][0].question, config.model or str(out / "base")))
 
 
 EXAMPLES = """the commonest:

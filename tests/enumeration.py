@@ -16,13 +16,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from algorithms import pairwise_advantages  # noqa: E402
 from grpo import (  # noqa: E402
     ALGORITHMS,
     Algorithm,
     correction_weight,
     loss_denominator,
     mixed_advantages,
-    pairwise_advantages,
     policy_loss,
     row_mean,
 )

@@ -256,7 +256,7 @@ FAULTS = [
     Fault(
         "after a resume the reference is the trained policy, not the base",
         "NVIDIA-NeMo/RL#3722",
-        "grpo.py", "    run.restore(write=not config.trace)\n", "    run.restore(write=not config.trace)\n    run.reference = run.reference and frozen(policy)\n",
+        "grpo_run.py", "    run.restore(write=not config.trace)\n", "    run.restore(write=not config.trace)\n    run.reference = run.reference and frozen(policy)\n",
         "grpo::test_resumed_run_is_bitwise_equal_to_the_one_not_interrupted",
     ),
     Fault(
@@ -383,7 +383,7 @@ FAULTS = [
     Fault(
         "new weights that never reach the sampler: all rollouts are the base's",
         "huggingface/trl#5312",
-        "grpo.py", "            self.samplers[-1].model.load_state_dict(self.policy.model.state_dict())\n", "",
+        "grpo_run.py", "            self.samplers[-1].model.load_state_dict(self.policy.model.state_dict())\n", "",
         "stale::test_a_rollout_is_of_the_policy_so_many_steps_ago",
     ),
     Fault(

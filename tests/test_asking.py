@@ -129,7 +129,7 @@ def test_what_an_evaluation_costs_is_said_before(chat, tmp_path, monkeypatch, ca
     assert "evaluating" not in capsys.readouterr().err
     monkeypatch.setattr(checkpoints, "TOY_WEIGHTS", 10)
     returned = []
-    monkeypatch.setattr(inference, "return_memory", lambda: returned.append(1))
+    monkeypatch.setattr(commands, "return_memory", lambda: returned.append(1))
     command(monkeypatch, grpo, *words, "--out", tmp_path / "model")
     lines = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "evaluating" in line]
     assert (

@@ -23,9 +23,11 @@ from transformers import AutoModelForCausalLM
 import checkpoints
 import commands
 import grpo
+import grpo_run
 import inference
 import rewards
 import runs
+import sft
 import tasks
 from commands import UserError
 from grpo import ALGORITHMS, GRPOConfig, group_advantages
@@ -296,7 +298,7 @@ def test_best_checkpoint_is_the_best_by_validation(base, tmp_path, small_task, m
         result = evaluate(policy, task, examples, width, samples, *args)
         return result | ({"sampled_accuracy": next(scores)} if samples == 2 else {})
 
-    monkeypatch.setattr(inference, "evaluate", scored)
+    monkeypatch.setattr(grpo_run, "evaluate", scored)
     run = grpo.train(settings(base, tmp_path / "run"))
     assert (run.position.best_step, run.position.best_score, run.position.validations_since_best) == (2, 0.5, 1)
     at_two = load_file(tmp_path / "run" / "resume" / "000002" / "weights.safetensors")
@@ -529,7 +531,7 @@ def test_a_run_begins_with_what_it_will_do(base, tmp_path, small_task, capsys, m
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("7 steps on arithmetic, each of 3 x 4 completions") and str(tmp_path / "run") in lines[0]
     assert lines[1] == f"grpo: {GRPO}" and "advantage group, ratio token, surrogate clip, epsilon 0.2" in lines[1]
-    monkeypatch.setattr(grpo.sft, "toy", lambda config: base)
+    monkeypatch.setattr(sft, "toy", lambda config: base)
     grpo.prepare(dataclasses.replace(settings(base, tmp_path / "new"), model=None))
     first = capsys.readouterr().out.splitlines()[0]
     assert first.startswith(f"no --model: first a toy base policy, fine-tuned into {tmp_path / 'new' / 'base'}, about")
@@ -557,7 +559,7 @@ def test_a_single_completion_is_enough_where_the_baseline_is_the_batchs(base, tm
 def test_what_to_try_next_is_safe_to_paste_and_keeps_what_the_run_needs(base, tmp_path):
     how = {"shots": 2, "thinking": "off", "max_new_tokens": 7}
     config = settings(base, tmp_path / "run", task="smoltldr", data="my file.jsonl", eval_limit=3, **how)
-    text = inference.next_commands(config, "What?\x1b[2J'; rm -rf x", "start")
+    text = grpo_run.next_commands(config, "What?\x1b[2J'; rm -rf x", "start")
     first, beside, last = text.splitlines()[1:]
     flags = ["--shots", "2", "--thinking", "off", "--max-new-tokens", "7"]
     assert shlex.split(beside)[4:] == [*("smoltldr", "--model", "start", config.out, "--samples", "4"), *flags]

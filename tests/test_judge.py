@@ -13,7 +13,8 @@ from steps import rewards_of
 from test_real_models import follow_recipe
 
 import rewards
-from rewards import Judge, judge
+from graders import Judge
+from rewards import judge
 from tasks import Example
 
 BEHAVIOURS = {}  # name: what the server does with the n-th call

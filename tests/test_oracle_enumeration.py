@@ -24,7 +24,8 @@ from enumeration import (
     table_of_logits,
 )
 
-from grpo import ALGORITHMS, Algorithm, kl_penalty, pairwise_advantages, policy_loss
+from algorithms import pairwise_advantages
+from grpo import ALGORITHMS, Algorithm, kl_penalty, policy_loss
 
 pytestmark = pytest.mark.math
 

@@ -11,14 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from steps import rewards_of, update_on
 
-from grpo import (
-    ALGORITHMS,
-    GRPOConfig,
-    group_advantages,
-    loss_denominator,
-    pairwise_advantages,
-    policy_loss,
-)
+from algorithms import pairwise_advantages
+from grpo import ALGORITHMS, GRPOConfig, group_advantages, loss_denominator, policy_loss
 from policy import TokenPolicy
 from rollouts import Rollout
 from tasks import Example

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import commands
+from algorithms import pairwise_advantages
 from commands import UserError
 from grpo import (
     ALGORITHMS,
@@ -18,7 +19,6 @@ from grpo import (
     kl_penalty,
     loss_denominator,
     mixed_advantages,
-    pairwise_advantages,
     policy_loss,
 )
 from inference import pass_at_k, wilson

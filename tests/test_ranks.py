@@ -30,6 +30,7 @@ import grpo
 import ranks
 import rewards
 import states
+from checkpoints import load
 from grpo import ALGORITHMS, GRPOConfig
 from policy import TokenPolicy
 
@@ -144,7 +145,7 @@ def step_of(base: Path, folder: Path, how: str, *names: str) -> dict[str, torch.
 
 def assert_equal_steps(base: Path, name: str, alone: dict[str, torch.Tensor], several: dict[str, torch.Tensor]) -> None:
     moved, difference = 0.0, 0.0
-    for key, weight in grpo.load(base, "cpu").model.weights().items():
+    for key, weight in load(base, "cpu").model.weights().items():
         moved += float((alone[f"{name} {key}"] - weight).square().sum())
         difference += float((several[f"{name} {key}"] - alone[f"{name} {key}"]).square().sum())
     assert moved > 0 and difference**0.5 <= 1e-6 * moved**0.5

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 import checkpoints
 import commands
 import grpo
+import grpo_run
 import inference
 import rewards
 import runs
@@ -510,7 +511,7 @@ def test_the_dry_run_counts_what_is_there_and_writes_nothing(shared_data, tmp_pa
     assert plan.operations == count * (2 * 10 + 8 * 20) * (2 + 2 + 2 * 6)
     assert size["samplers"] == 0
     for name in ("float32", "bfloat16"):
-        copies = grpo.copies_to_sample(policy, grpo.GRPOConfig(rollout_lag=1, sampler_dtype=name))
+        copies = grpo_run.copies_to_sample(policy, grpo.GRPOConfig(rollout_lag=1, sampler_dtype=name))
         kept = sum(weight.nbytes for copy in copies for weight in copy.model.parameters())
         lagging = checkpoints.plan(policy, 8, 2, 10, 20, **settings | {"samplers": [getattr(torch, name)] * 2})
         counted = lagging.parts["samplers"][0]
@@ -542,10 +543,8 @@ def test_the_dry_run_needs_no_weights(shared_data, tmp_path, monkeypatch, capsys
 
 def make_scorer(policy, same_tokens: bool):
     """The scorer of a policy that is given, or of one that --scorer would name."""
-    config = SimpleNamespace(scorer=None if same_tokens else "named", micro_batch_tokens=64, dtype="float32")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inference, "load", lambda *_: policy)
-        return inference.make_scorer(config, policy)
+    config = SimpleNamespace(scorer=None if same_tokens else "named", micro_batch_tokens=64)
+    return grpo_run.make_scorer(config, policy)
 
 
 def test_the_scorer_is_the_policy_at_the_start_or_another_model(tmp_path):

@@ -20,6 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import graders
 import grpo
 import inference
 import plot_metrics
@@ -662,7 +663,7 @@ def look_at(command: str, folder: Path, flags: dict[str, str]) -> dict[str, obje
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
         patch.chdir(folder)
         patch.setattr(sys, "argv", [f"{command}.py", *words])
-        patch.setattr(rewards.Judge, "score", score)
+        patch.setattr(graders.Judge, "score", score)
         patch.setattr(grpo, "report", lambda run: None)
         spy(patch, Attention, "forward", lambda x, *_, **__: work.append((tuple(x.shape), x.dtype)))
         spy(patch, Attention, "forward", lambda *_, **__: mode.add(torch.are_deterministic_algorithms_enabled()))

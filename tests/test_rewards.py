@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+import graders
 import rewards
 from commands import NotFinite, UserError
 from rewards import (
@@ -518,11 +519,11 @@ def test_hostile_completions_get_a_score_in_bounded_time(name):
     assert len(scores) == len(HOSTILE) and all(score in stopped or math.isfinite(score) for score in scores)
     if name in ("answer_exact", "hard", "math_accuracy"):
         assert not any(scores)
-    limit = 10 * rewards.COMPARE_SECONDS if name.startswith("math") else 10.0
+    limit = 10 * graders.COMPARE_SECONDS if name.startswith("math") else 10.0
     assert time.monotonic() - start < limit
 
 
-def end(comparer: rewards.Comparer) -> None:
+def end(comparer: graders.Comparer) -> None:
     """As the end of the run does: the process reads to the end of its input."""
     comparer.process.communicate(timeout=10)
     assert comparer.process.returncode == 0
@@ -531,13 +532,13 @@ def end(comparer: rewards.Comparer) -> None:
 def test_a_comparison_that_hangs_is_stopped_and_the_next_one_is_right(monkeypatch):
     """Several times over: what is started again and again leaves no pipe open."""
     opened = len(os.listdir("/dev/fd"))
-    monkeypatch.setattr(rewards, "COMPARE_SECONDS", 1e-4)
-    comparer = rewards.Comparer()
+    monkeypatch.setattr(graders, "COMPARE_SECONDS", 1e-4)
+    comparer = graders.Comparer()
     for _ in range(4):
         with pytest.raises(TimeoutError):
             comparer.equal("2^{11}", "2048")
         assert comparer.process.returncode == -signal.SIGKILL
-    monkeypatch.setattr(rewards, "COMPARE_SECONDS", 60.0)
+    monkeypatch.setattr(graders, "COMPARE_SECONDS", 60.0)
     assert comparer.equal("2^{11}", "2048") == 1.0
     comparer.process.kill()  # by somebody else: nobody's fault, so it is asked again
     comparer.process.wait()
@@ -548,8 +549,8 @@ def test_a_comparison_that_hangs_is_stopped_and_the_next_one_is_right(monkeypatc
 
 def test_a_comparison_that_holds_the_interpreter_is_stopped_in_its_time(monkeypatch):
     """A large factorial is one call in C that does not come back; between comparisons the process may wait for long."""
-    monkeypatch.setattr(rewards, "COMPARE_SECONDS", 0.5)
-    comparer = rewards.Comparer()
+    monkeypatch.setattr(graders, "COMPARE_SECONDS", 0.5)
+    comparer = graders.Comparer()
     assert comparer.equal("2^{11}", "2048") == 1.0
     process = comparer.process
     time.sleep(1)
@@ -572,16 +573,16 @@ def test_a_stopped_comparison_is_tried_once_more_alone_and_else_has_no_score(mon
             raise TimeoutError
         return 1.0
 
-    monkeypatch.setattr(rewards.Comparer, "equal", equal)
+    monkeypatch.setattr(graders.Comparer, "equal", equal)
     golds = ["{11}+0", "{12}+0", "{13}+0", "{12}+0"]  # nothing here equals as text
-    assert rewards.equal_answers(golds, ["11", "12", "13", "12"]) == [1.0, None, 1.0, None]
+    assert graders.equal_answers(golds, ["11", "12", "13", "12"]) == [1.0, None, 1.0, None]
     assert sorted(asked) == ["11", "11", "12", "12", "13"] and asked[-2:] in (["11", "12"], ["12", "11"])
-    assert rewards.equal_answers(golds[:2], ["11", "12"]) == [1.0, 1.0]  # that it was stopped is not remembered
+    assert graders.equal_answers(golds[:2], ["11", "12"]) == [1.0, 1.0]  # that it was stopped is not remembered
     assert sorted(asked[5:]) == ["12"]
 
 
 def test_comparers_have_bounded_memory_and_ctrl_c_in_the_terminal_does_not_reach_them():
-    comparer = rewards.Comparer()
+    comparer = graders.Comparer()
     assert comparer.equal("2^{11}", "2048") == 1.0
     assert os.getsid(comparer.process.pid) != os.getsid(0)
     if sys.platform == "linux":
@@ -592,7 +593,7 @@ def test_comparers_have_bounded_memory_and_ctrl_c_in_the_terminal_does_not_reach
 
 
 def test_without_math_verify_the_error_names_it(monkeypatch):
-    monkeypatch.setattr(rewards, "COMPARER", rewards.Comparer())
+    monkeypatch.setattr(graders, "COMPARER", graders.Comparer())
     monkeypatch.setattr(sys, "executable", "/bin/true")  # a Python that says nothing and ends
     rollout = SimpleNamespace(texts=[r"\boxed{0.5}"], completion_ids=[[1]])
     with pytest.raises(UserError, match="pip install math-verify"):

@@ -12,6 +12,7 @@ from test_grpo import EXAMPLES, lines_of, same, settings, small_arithmetic, tiny
 import checkpoints
 import grpo
 import tasks
+from checkpoints import load
 from commands import NotFinite, UserError
 from grpo import ALGORITHMS, Algorithm, GRPOConfig, correction_weight, high_entropy_tokens, policy_loss
 from policy import TokenPolicy, frozen
@@ -76,7 +77,7 @@ def test_what_it_samples_is_what_is_learned_from(base, tmp_path, small_task, mon
     monkeypatch.setattr(grpo, "update", watched)
     monkeypatch.setattr(TokenPolicy, "sample", lambda self, *a, **b: (actors.append(self), sample(self, *a, **b))[1])
     run = grpo.train(settings(base, tmp_path / "run", steps=3, rollout_lag=2, learning_rate=0.01, warmup_steps=0))
-    start = grpo.load(base, "cpu")
+    start = load(base, "cpu")
     for rollout, _ in seen:  # all of the base policy
         own = start.log_probs(rollout)[0].detach()
         torch.testing.assert_close(rollout.sampler_logp, own, rtol=0, atol=1e-5)
