@@ -61,7 +61,7 @@ class RunSettings:
     )
     gradient_checkpointing: bool = option(False, "Compute activations again in the backward pass.", "memory and device")
     micro_batch_tokens: int = option(
-        16384, "Most tokens in one pass; changes no gradient.", "memory and device", above_zero=True, may_change=True
+        8192, "Most tokens in one pass; changes no gradient.", "memory and device", above_zero=True, may_change=True
     )
     deterministic: bool = option(
         False, "Only operations whose result does not vary; on a GPU slower.", "memory and device", may_change=True

@@ -151,7 +151,6 @@ class SFTConfig(RunSettings):
     )
     warmup_steps: int = option(40, "Steps in which the learning rate rises from 0.", "algorithm")
     weight_decay: float = option(0.01, "Weight decay of AdamW.", "algorithm")
-    micro_batch_tokens: int = option(8192, "Most tokens a pass.", "memory and device", above_zero=True, may_change=True)
     epochs: float | None = option(None, "Default: the task's.", "how long", above_zero=True, may_change=False)
     eval_every: int = option(1000, "Measure the validation loss every so many steps.", "how long", above_zero=True)
     save_every: int = option(1000, "Save a state to resume from every so many steps.", "run folder", above_zero=True)

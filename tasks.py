@@ -305,7 +305,7 @@ TASKS = {
             chat_instruction="Work it out step by step, then end with the number in <answer>...</answer>.",
             max_new_tokens=32,
             toy=True,
-            epochs=9.0,
+            epochs=11.0,
             learning_rate=2e-3,
             shots={"worked": 1.0, "copies": 1},
         ),
