@@ -20,10 +20,15 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Ten
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     rows, mask = q.view(len(q), k.shape[1], -1, q.shape[3]), None if mask is None else mask.to(q.dtype)
     if is_written_out(q, k, mask):
-        k = k.contiguous() if k.dtype == torch.bfloat16 else k  # a tenth of sampling: bmm would transpose a copy
-        scores = (rows * rows.shape[-1] ** -0.5) @ k.transpose(2, 3)
+        scores = scored(rows * rows.shape[-1] ** -0.5, k)
         return ((scores if mask is None else scores + mask).softmax(-1) @ v).view(q.shape)
     return F.scaled_dot_product_attention(rows, k, v, mask, is_causal=causal).reshape(q.shape)
+
+
+def scored(rows: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """Queries (B, K, S, D) times keys (B, K, L, D): (B, K, S, L)."""
+    k = k.contiguous() if k.dtype == torch.bfloat16 else k  # a tenth of sampling: bmm would transpose a copy
+    return rows @ k.transpose(2, 3)
 
 
 def is_written_out(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None) -> bool:
@@ -99,7 +104,7 @@ def attention_with(texts: list[tuple], q, k, v, mask: torch.Tensor | None) -> to
     for text, keys, _ in texts:
         score = text.fold(rows) @ keys.transpose(2, 3)
         scores.append(text.unfold(score if text.mask is None else score + text.mask.to(score.dtype)))
-    own = rows @ (k.contiguous() if k.dtype == torch.bfloat16 else k).transpose(2, 3)
+    own = scored(rows, k)
     scores.append(own if mask is None else own + mask.repeat(1, 1, heads[1], 1).to(own.dtype))
     weights = torch.cat(scores, -1).softmax(-1, torch.float32).to(v.dtype).split([x.shape[-1] for x in scores], -1)
     seen = weights[-1] @ v

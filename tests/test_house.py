@@ -26,7 +26,7 @@ FLOORS = {  # file: its floor, the most lines it may have; the first drawing's n
     "ranks.py": (0, 217),
     "model_hub.py": (1, 119),  # not drawn: checkpoints.py was full
     "model_toy.py": (1, 399),  # 400
-    "attention.py": (0, 253),  # not drawn: model_toy.py had become 530 lines
+    "attention.py": (0, 258),  # not drawn: model_toy.py had become 530 lines
     "plot_metrics.py": (1, 492),  # 450
 }
 
