@@ -1,28 +1,24 @@
 """A checkpoint becomes a policy and back: the toy, llama and qwen2 files, GGUF, any causal model of `transformers`.
 
-Also `plan`: what a training step with a model will need. No pickle is read and no code of a checkpoint is run.
+`new_policy` makes a toy from nothing. No pickle is read and no code of a checkpoint is run.
 """
 
-import dataclasses
 import importlib.util
 import os
 import re
 import tempfile
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 import ranks
-from attention import Cache
 from commands import UserError, load_tensors, load_weights, os_error, read_json, save_tensors, write_json
 from model_hub import HubModel
-from model_toy import Llama, LlamaConfig
-from policy import Policy, TokenPolicy, most_logits
+from model_toy import Llama, LlamaConfig, character_tokenizer
+from policy import Policy, TokenPolicy
 from policy_gaussian import Autoencoder, AutoencoderConfig, GaussianPolicy
-from rewards import Rewards
-from tasks import Task, find_task, load_task
+from tasks import Task
 
 TOY_WEIGHTS = 10**7  # a toy has fewer
 
@@ -299,6 +295,21 @@ def open_policy(config, task: Task, **sampling) -> Policy | None:
     return policy
 
 
+def new_policy(texts: list[str], seed: int, device: torch.device, kind: str = "transformer") -> Policy:
+    """A toy with random weights: a Llama and a character tokenizer that knows these texts, or an autoencoder.
+
+    The autoencoder's inputs are the integers up to the largest in the texts.
+    """
+    if kind == "autoencoder":
+        numbers = 1 + max(int(digits) for text in texts for digits in re.findall("[0-9]{1,4}", text))
+        model = Autoencoder(AutoencoderConfig(numbers))
+    else:
+        tokenizer = character_tokenizer(texts)
+        model = Llama(LlamaConfig(vocab_size=len(tokenizer)))
+    model.init_weights(torch.Generator().manual_seed(seed))
+    return GaussianPolicy(model.to(device)) if kind == "autoencoder" else TokenPolicy(model.to(device), tokenizer)
+
+
 def choose_device(name: str) -> torch.device:
     """`auto` takes cuda, then mps, then cpu; each rank a GPU of its own. Raises UserError for one that is not there."""
     if name == "auto":
@@ -311,140 +322,3 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device: {name!r} is not here; leave the flag out, or use cpu") from error
     return device
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a training step needs, estimated: bytes by part with the flag that lowers them, and operations."""
-
-    parts: dict[str, tuple[float, str]]  # name: bytes, the flag that lowers it
-    operations: float
-    device_bytes: float | None  # what the device has free, or None where it does not say
-
-    @property
-    def peak(self) -> float:
-        """Bytes at the larger of the two moments: sampling, and update (gradients, activations, logits)."""
-        size = {name: number for name, (number, _) in self.parts.items()}
-        kept = size["process"] + size["weights"] + size["optimizer"] + size["reference"] + size["samplers"]
-        return kept + max(size["sampling"], size["gradients"] + size["activations"] + size["logits"])
-
-    def table(self) -> str:
-        lines = [f"{name:<12} {number / 1e9:8.2f} GB   {flag}" for name, (number, flag) in self.parts.items()]
-        have = "unknown" if self.device_bytes is None else f"{self.device_bytes / 1e9:.2f} GB"
-        lines += [f"{'peak, about':<12} {self.peak / 1e9:8.2f} GB   free on the device: {have}"]
-        lines += [f"{'a step':<12} {self.operations / 1e12:8.2f} tera floating-point operations at full length"]
-        if self.device_bytes is not None and self.peak > self.device_bytes:
-            _, (number, flag) = max(self.parts.items(), key=lambda part: part[1][0])
-            lines.append(f"does not fit: begin with the largest part, {flag}")
-        return "\n".join(lines)
-
-
-def sampler_dtypes(policy: Policy, config) -> list[torch.dtype]:
-    """The dtype of each copy that samples in the policy's place: of the last --rollout-lag steps, and of now."""
-    dtype = getattr(torch, config.sampler_dtype) if config.sampler_dtype else policy.dtype
-    return [dtype] * (config.rollout_lag + 1) if config.rollout_lag or config.sampler_dtype else []
-
-
-def copy_bytes(policy: TokenPolicy, dtype: torch.dtype) -> int:
-    """Bytes of a frozen copy: in bfloat16 linear layers have two a weight, embedding and output layer four."""
-    weights, config = sum(weight.numel() for weight in policy.model.parameters()), policy.model.config
-    if dtype == torch.float32:
-        return 4 * weights
-    tied = bool(getattr(config, "tie_word_embeddings", False))
-    return 2 * (weights + config.vocab_size * config.hidden_size * (2 - tied))
-
-
-def plan(
-    policy: TokenPolicy, rows: int, prompts: int, prompt_tokens: int, max_new_tokens: int, common: int = 0, **settings
-) -> Plan:
-    """The memory and work of a step of `rows` completions of `prompts` prompts, at full length.
-
-    All prompts begin with the same `common` tokens. `settings`: micro_batch_tokens, inner_updates, reference (how many
-    frozen copies), samplers (the dtype of each), device. Counted is what a packed Llama keeps for the backward pass of
-    its largest micro-batch: seven vectors of the hidden size and four of the intermediate size for each token and
-    layer, and the padded queries, keys, values and scores of its attention.
-    """
-    model, config = policy.model, policy.model.config
-    low, layers, hidden = policy.dtype != torch.float32, config.num_hidden_layers, config.hidden_size
-    weights, size = sum(weight.numel() for weight in model.parameters()), 2 if low else 4
-    inner, heads = getattr(config, "intermediate_size", None) or 4 * hidden, config.num_attention_heads
-    width = getattr(config, "head_dim", None) or hidden // heads
-    width *= getattr(config, "num_key_value_heads", None) or heads
-    group, own, budget = rows // prompts, prompt_tokens - common, settings["micro_batch_tokens"] - common
-    # The largest micro-batch: whole groups, or as much of one as fits.
-    groups = min(prompts, max(0, budget) // (own + group * max_new_tokens))
-    batch = groups * group or min(group, max(1, budget // (own + max_new_tokens)))
-    before = common + max(1, groups) * own  # tokens of its prompts
-    tokens = before + batch * max_new_tokens
-    layer = tokens * (28 * hidden + 4 * inner * size) + 4 * before * hidden * size
-    scored = own + max_new_tokens + 2 * common  # numbers kept for each query and head: scores, once more if folded
-    layer += batch * size * (2 * (own + max_new_tokens) * hidden + max_new_tokens * (hidden + heads * scored))
-    kept = layers * tokens * hidden * 4 + layer if model.checkpointing else layers * layer
-    whole, scores = getattr(model, "full_logits", False), batch * max_new_tokens * config.vocab_size
-    most = scores if whole else policy.chunk_logits or most_logits(settings["device"])
-    ours = isinstance(model, Llama)
-    shared = ours and own >= Cache.share_from  # else each row has a copy of its prompt's keys and values
-    seen = common + (prompts if shared else rows) * own + rows * max_new_tokens
-    cache = 2 * size * layers * width * seen + 5 * 4 * rows * config.vocab_size
-    copy, made_ready = copy_bytes(policy, policy.dtype), low or (ours and settings["device"].type == "cpu")
-    parts = {
-        "process": (own_bytes(settings["device"]), "Python and its libraries"),
-        "weights": (4 * weights, "a smaller --model"),
-        "optimizer": (8 * weights, "a smaller --model"),
-        "reference": (copy * settings["reference"], "--dtype bfloat16, or --beta 0"),
-        "samplers": (sum(copy_bytes(policy, dtype) for dtype in settings["samplers"]), "a smaller --rollout-lag"),
-        "sampling": (cache + copy * made_ready, "--batch-size, --num-generations or --max-new-tokens"),
-        "gradients": ((6 if low else 4) * weights, "a smaller --model"),  # bfloat16: with autocast's copies
-        "activations": (kept + 3 * tokens * inner * size, "--gradient-checkpointing, then --micro-batch-tokens"),
-        "logits": (4 * 4 * min(most, scores), "--micro-batch-tokens" if whole else "bounded by chunks"),
-    }
-    passes = 2 + 2 * settings["reference"] + (8 if model.checkpointing else 6) * settings["inner_updates"]
-    work = weights * passes * (common + prompts * own + rows * max_new_tokens)
-    return Plan(parts, work, free_bytes(settings["device"]))
-
-
-def own_bytes(device: torch.device) -> float:
-    """Resident bytes of this process where the model lies in the same memory and the system says so, else 0."""
-    pages = Path("/proc/self/statm")
-    if device.type != "cpu" or not pages.exists():
-        return 0.0
-    return float(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def free_bytes(device: torch.device) -> float | None:
-    """Bytes that are free on a device, or None where it does not say."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    try:
-        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (AttributeError, OSError, ValueError):  # not Linux
-        return None
-
-
-def dry_run(config) -> str:
-    """What a step of grpo.py with these settings will need, as a table; nothing is written; raises UserError."""
-    if config.model is None:
-        raise UserError("--dry-run needs a --model to measure")
-    task, row = find_task(config.task), config.resolved_algorithm
-    chat = {"chat_template": config.chat_template, "thinking": config.thinking}
-    policy = load(config.model, "meta", config.dtype, **chat)
-    policy.dtype = choose_dtype(config.dtype, policy, choose_device(config.device))
-    policy.model.checkpointing = config.gradient_checkpointing
-    if not isinstance(policy, TokenPolicy):
-        raise UserError("--dry-run is for language models; an autoencoder needs next to nothing")
-    width = config.max_new_tokens or task.max_new_tokens
-    data = load_task(task, policy.chat, config.limit, config.shots, data=config.data)
-    data = policy.fitting(data, width)
-    encoded = policy.encode([example.prompt for example in data["train"]])
-    common = len(os.path.commonprefix(encoded))
-    common = common if common >= Cache.share_from and config.batch_size > 1 else 0
-    alone = config.ref_update_every or row.beta == 0  # so that the scorer is no reference
-    rewards = Rewards.from_settings(dataclasses.replace(config, rewards=config.rewards or task.rewards))
-    copied = rewards.needs_scorer and bool(alone or config.scorer)
-    estimate = plan(
-        policy, config.batch_size * config.num_generations, config.batch_size, max(map(len, encoded)), width,
-        common, micro_batch_tokens=config.micro_batch_tokens, inner_updates=config.num_inner_updates,
-        reference=(row.beta > 0) + copied, device=choose_device(config.device),
-        samplers=sampler_dtypes(policy, config),
-    )  # fmt: skip
-    return estimate.table()

@@ -37,10 +37,11 @@ import ranks
 import runs
 from algorithms import ALGORITHMS as ALGORITHMS  # for who compares with a row
 from algorithms import Algorithm, correction_weight, max_at_k, pairwise_of_all
-from checkpoints import dry_run, save
+from checkpoints import save
 from commands import NotFinite, UserError, out_of_memory
 from grpo_run import GRPOConfig, GRPORun, evaluate_run, own_groups, prepare, rates, report
 from inference import measure_rollout, show_number
+from plan import dry_run
 from policy import Policy, mean_log_probs, score_rollout
 from rewards import Scores
 from rollouts import Rollout, join, micro_batches
@@ -230,8 +231,7 @@ def loss_metrics(logp, ref_logp, log_ratio, advantage, mask, algorithm: Algorith
     metrics = {"tokens": mask.sum(), "ratio_max": torch.where(mask, log_ratio.exp(), 0.0).max()}
     metrics |= {"clip_low": (mask & low).sum(), "clip_high": (mask & high).sum()}
     if ref_logp is not None:
-        metrics["kl"] = kl_penalty(logp, ref_logp).sum()
-        metrics["kl_k1"] = kl_penalty(logp, ref_logp, "k1").sum()
+        metrics |= {"kl": kl_penalty(logp, ref_logp).sum(), "kl_k1": kl_penalty(logp, ref_logp, "k1").sum()}
         metrics["kl_clamped"] = (ref_logp - logp > 20).sum()
     return metrics
 

@@ -22,9 +22,10 @@ import runs
 import sft
 import states
 from algorithms import ALGORITHMS, Algorithm
-from checkpoints import choose_device, introduce, is_toy, load, open_policy, sampler_dtypes
+from checkpoints import choose_device, introduce, is_toy, load, open_policy
 from commands import NotFinite, UserError, flag_of, option, out_of_memory
 from inference import evaluate, results_table
+from plan import sampler_dtypes
 from policy import Policy, TokenPolicy, frozen, mean_log_probs
 from rewards import Rewards, RewardSettings, soft_overlong, text_of
 from rollouts import Rollout, join

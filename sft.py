@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,12 +24,10 @@ import commands
 import ranks
 import runs
 import states
-from checkpoints import choose_device, introduce, is_toy, open_policy, save
+from checkpoints import choose_device, introduce, is_toy, new_policy, open_policy, save
 from commands import NotFinite, UserError, option, out_of_memory
 from inference import evaluate, results_table
-from model_toy import Llama, LlamaConfig, character_tokenizer
-from policy import Policy, TokenPolicy
-from policy_gaussian import Autoencoder, AutoencoderConfig, GaussianPolicy
+from policy import Policy
 from rollouts import Rollout, micro_batches
 from runs import Run, RunSettings
 from tasks import TASKS, find_task, load_task
@@ -155,21 +152,6 @@ class SFTConfig(RunSettings):
     eval_every: int = option(1000, "Measure the validation loss every so many steps.", "how long", above_zero=True)
     save_every: int = option(1000, "Save a state to resume from every so many steps.", "run folder", above_zero=True)
     out: str = option("sft_model", "Checkpoint, metrics and states.", "run folder")
-
-
-def new_policy(texts: list[str], seed: int, device: torch.device, kind: str = "transformer") -> Policy:
-    """A toy with random weights: a Llama and a character tokenizer that knows these texts, or an autoencoder.
-
-    The autoencoder's inputs are the integers up to the largest in the texts.
-    """
-    if kind == "autoencoder":
-        numbers = 1 + max(int(digits) for text in texts for digits in re.findall("[0-9]{1,4}", text))
-        model = Autoencoder(AutoencoderConfig(numbers))
-    else:
-        tokenizer = character_tokenizer(texts)
-        model = Llama(LlamaConfig(vocab_size=len(tokenizer)))
-    model.init_weights(torch.Generator().manual_seed(seed))
-    return GaussianPolicy(model.to(device)) if kind == "autoencoder" else TokenPolicy(model.to(device), tokenizer)
 
 
 def prepare(config: SFTConfig) -> SFTRun:

@@ -33,8 +33,7 @@ from bench_main import ROOT
 
 import grpo
 import runs
-from checkpoints import save
-from sft import new_policy
+from checkpoints import new_policy, save
 
 RUN = [
     *("--task", "arithmetic", "--rewards", "char_length=1", "--ideal-length", "5"),

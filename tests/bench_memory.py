@@ -24,9 +24,9 @@ from bench_main import ROOT, describe, load_before, machine, table, write
 from bench_sampler import IdsPolicy
 from steps import update_on
 
-from checkpoints import plan
 from grpo import GRPOConfig
 from model_toy import Llama, LlamaConfig, character_tokenizer
+from plan import plan
 from rollouts import Rollout
 
 P, G, PROMPT, LENGTH, VOCABULARY = 4, 8, 32, 256, 50_000

@@ -20,9 +20,9 @@ from bench_sampler import NEVER, random_policy, random_prompts
 
 import commands
 import runs
-from checkpoints import plan
 from grpo import GRPOConfig, update
 from model_toy import LlamaConfig
+from plan import plan
 from policy import frozen, score_rollout
 
 CPU = torch.device("cpu")

@@ -25,10 +25,10 @@ from bench_main import ROOT, describe, load_before, machine, table, write
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import checkpoints
+from checkpoints import new_policy
 from model_toy import Llama, LlamaConfig, character_tokenizer
 from policy import TokenPolicy
 from rollouts import Rollout, micro_batches
-from sft import new_policy
 from tasks import Example
 
 NEVER = -1  # an id that no model draws

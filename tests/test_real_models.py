@@ -26,6 +26,7 @@ from attention import spare
 from checkpoints import HubModel, load
 from commands import UserError
 from model_toy import Llama
+from plan import plan
 from policy import frozen
 from rollouts import micro_batches
 from tasks import Example, find_task
@@ -497,8 +498,8 @@ def test_the_dry_run_counts_what_is_there_and_writes_nothing(shared_data, tmp_pa
     policy = load(tmp_path / "base", CPU)
     count = sum(weight.numel() for weight in policy.model.parameters())
     settings = {"micro_batch_tokens": 1000, "inner_updates": 2, "reference": True, "samplers": [], "device": CPU}
-    plan = checkpoints.plan(policy, 8, 2, 10, 20, **settings)
-    size = {name: number for name, (number, _) in plan.parts.items()}
+    estimate = plan(policy, 8, 2, 10, 20, **settings)
+    size = {name: number for name, (number, _) in estimate.parts.items()}
     assert size["weights"] == size["gradients"] == size["reference"] == 4 * count and size["optimizer"] == 8 * count
     rollout = policy.sample([Example("12")] * 2, 4, (0, 0, 0), 20)
     cache = policy.model.new_cache()
@@ -506,26 +507,26 @@ def test_the_dry_run_counts_what_is_there_and_writes_nothing(shared_data, tmp_pa
     token = sum(x.element_size() * x[0, :, 0].numel() for layer in cache.layers for x in layer)
     decoding = 4 * count  # weights in the order of decoding
     assert size["sampling"] == token * 8 * (10 + 20) + 5 * 4 * 8 * policy.model.config.vocab_size + decoding
-    long = checkpoints.plan(policy, 8, 2, 100, 20, **settings).parts["sampling"][0]  # prompts that are shared
+    long = plan(policy, 8, 2, 100, 20, **settings).parts["sampling"][0]  # prompts that are shared
     assert long - size["sampling"] == token * (2 * 100 + 8 * 20 - 8 * (10 + 20))
-    assert plan.operations == count * (2 * 10 + 8 * 20) * (2 + 2 + 2 * 6)
+    assert estimate.operations == count * (2 * 10 + 8 * 20) * (2 + 2 + 2 * 6)
     assert size["samplers"] == 0
     for name in ("float32", "bfloat16"):
         copies = grpo_run.copies_to_sample(policy, grpo.GRPOConfig(rollout_lag=1, sampler_dtype=name))
         kept = sum(weight.nbytes for copy in copies for weight in copy.model.parameters())
-        lagging = checkpoints.plan(policy, 8, 2, 10, 20, **settings | {"samplers": [getattr(torch, name)] * 2})
+        lagging = plan(policy, 8, 2, 10, 20, **settings | {"samplers": [getattr(torch, name)] * 2})
         counted = lagging.parts["samplers"][0]
         assert len(copies) == 2 and counted == pytest.approx(kept, rel=0.01)  # norms and biases stay float32
-        assert lagging.peak - lagging.parts["process"][0] - counted == plan.peak - size["process"]
+        assert lagging.peak - lagging.parts["process"][0] - counted == estimate.peak - size["process"]
     policy.model.checkpointing = True
-    less = checkpoints.plan(policy, 8, 2, 10, 20, **settings)
+    less = plan(policy, 8, 2, 10, 20, **settings)
     assert less.parts["activations"][0] < size["activations"]
     assert (
-        plan.peak - less.peak
+        estimate.peak - less.peak
         == size["activations"] - less.parts["activations"][0] + size["process"] - less.parts["process"][0]
     )
-    small = dataclasses.replace(plan, device_bytes=plan.peak - 1)
-    assert "does not fit" in small.table() and "does not fit" not in plan.table()
+    small = dataclasses.replace(estimate, device_bytes=estimate.peak - 1)
+    assert "does not fit" in small.table() and "does not fit" not in estimate.table()
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "phi3"])

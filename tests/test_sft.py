@@ -13,9 +13,9 @@ import commands
 import runs
 import sft
 import tasks
-from checkpoints import load
+from checkpoints import load, new_policy
 from commands import UserError
-from sft import SFTConfig, batches, cross_entropy, learning_rate_at, new_policy
+from sft import SFTConfig, batches, cross_entropy, learning_rate_at
 from tasks import Example
 
 ROOT = Path(sft.__file__).parent
