@@ -89,7 +89,7 @@ class Algorithm:
         idle = {}
         if self.beta == 0:
             idle |= dict.fromkeys(("kl_estimator", "kl_limit", "ref_update_every"), "a --beta above 0")
-        if self.surrogate == "reinforce":
+        if self.surrogate == "reinforce" and (self.beta == 0 or self.kl_estimator != "k3_unbiased"):
             idle["ratio"] = "a --surrogate that has one, such as clip"
         if self.surrogate in ("sapo", "reinforce"):
             idle |= dict.fromkeys(("epsilon", "epsilon_high"), "a --surrogate with bounds, such as clip")

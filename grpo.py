@@ -11,12 +11,12 @@ One step, numbered as in `train_step`:
 5. score the completions under the frozen reference policy;
 6. update: ascend the clipped ratio times the advantage, minus beta times the KL towards the reference.
 
-Deviations from the paper: (a) rewards come from rules, no reward model is learned; (b) the reference is the policy at
-the start and stays, unless --ref-update-every asks for the paper's outer iterations; (c) a group of equal rewards has
-advantage exactly 0, not 0 divided by an epsilon; (d) the learning rate is constant after a warm-up.
+Deviations from the paper: (a) rewards come from rules, no reward model is learned; (b) the reference stays the initial
+policy, unless --ref-update-every asks for the paper's outer iterations; (c) the std is unbiased and has 1e-4 added; a
+group of equal rewards, 0 / 0 in the paper, has advantage exactly 0; (d) the learning rate warms up, then is constant.
 
 The other algorithms (Dr. GRPO, DAPO, GSPO, CISPO, RLOO, ...) are rows of the table in algorithms.py: same steps, other
-cells. Settings, and what a run holds and prepares, are in grpo_run.py.
+cells. Settings, and what a run holds and prepares, are in grpo_run.py; `ranks` does nothing with a single process.
 
 Shapes: P prompts, G completions each, B = P * G rows in prompt-major order (row p * G + g), T completion tokens.
 Rewards and advantages are (P, G) until the loss; log-probabilities are (B, T), masked where a row has ended.
@@ -54,10 +54,10 @@ def is_flat(rewards: torch.Tensor) -> torch.Tensor:
 
 
 def moments(rewards: torch.Tensor, known: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Mean and unbiased std (P, 1) of each group of rewards (P, G), and which rows (P, G) they are of.
+    """Mean and std (P, 1; over n - 1) of each group of rewards (P, G), and the rows (P, G) bool they are taken over.
 
-    Those are the rows with `known` 1, since a value that was filled in is no observation; where they do not differ, as
-    fewer than two do not, all rows, or what fills would stand out from them by the 1e-4 alone.
+    Those are the rows with `known` 1, since a filled-in value is no observation. If these are all equal, or fewer than
+    two, they are all rows: else the std would be 0, and the advantage of a filled-in row its distance over 1e-4.
     """
     seen = known == 1
     low, high = rewards.where(seen, math.inf).amin(1), rewards.where(seen, -math.inf).amax(1)
@@ -70,15 +70,15 @@ def moments(rewards: torch.Tensor, known: torch.Tensor) -> tuple[torch.Tensor, t
 def group_advantages(
     rewards: torch.Tensor, scale: str = "group", known: torch.Tensor | None = None, k: int = 4
 ) -> torch.Tensor:
-    """Advantages (P, G) of rewards (P, G): each reward minus a baseline, over what `scale` names.
+    """Advantages (P, G) of rewards R (P, G) by `scale`, the cell `advantage` of the table.
 
-    `group`: the group's mean, over its unbiased std + 1e-4 (DeepSeekMath, section 4.1.2); `batch_std`: over the std of
-    all rows; `centered`: over nothing (Dr. GRPO, section 3.2); `leave_one_out`: the mean of the others (RLOO, eq. 7);
-    `batch_mean`: the mean of all rows (REINFORCE); `max_rl`: over the group's mean (MaxRL, arXiv 2602.02710), for
-    rewards from 0 up; `max_at_k`: for the best of k, see there. Under `pairwise` only their order counts, see there.
+    With the group's mean m and std s: `group` (R - m) / (s + 1e-4) (DeepSeekMath, section 4.1.2, but for the 1e-4);
+    `batch_std` (R - m) / (std of all + 1e-4); `centered` R - m (Dr. GRPO, section 3.2); `leave_one_out` R - mean of
+    the others (RLOO, eq. 7); `batch_mean` R - mean of all rows (REINFORCE); `max_rl` (R - m) / m (MaxRL, arXiv
+    2602.02710); `max_at_k` as in algorithms.py; `pairwise` R - m, of which `pairwise_advantages` reads only the order.
     A group of equal rewards is exactly 0, save under `batch_mean`. `known` (P, G) is the share of a reward's terms that
-    is not filled in (`Scores.known`): means and stds are those of `moments`, and a row with none is 0. Raises
-    ValueError for a group of fewer than two.
+    is not filled in (`Scores.known`): m and s are those of `moments`; a row with none is 0, or NaN under `pairwise`.
+    Raises ValueError for a group of fewer than two, UserError for a reward below 0 under `max_rl`.
     """
     size, known = rewards.shape[1], torch.ones_like(rewards) if known is None else known
     batch_mean, batch_std, _ = moments(rewards.reshape(1, -1), known.reshape(1, -1))
@@ -115,8 +115,8 @@ def kl_penalty(
 
     With d = log ref - log pi: `k1` -d; `k2` d^2 / 2; `k3` exp(d) - d - 1 >= 0 (DeepSeekMath, eq. 4); `k3_unbiased`
     ratio * k3 with gradient through the ratio (DeepSeek-V3.2, arXiv 2512.02556). In the last two d is clamped at 20
-    from above, lest exp overflows; beyond, they have no gradient. As a loss, on-policy and with the token ratio, k2 and
-    k3_unbiased pull towards KL(pi || ref), k3 towards KL(ref || pi), k1 nowhere (tests/test_oracle_enumeration.py).
+    from above, lest exp overflows; beyond, only a ratio has a gradient. On-policy, by token ratio, k2 and k3_unbiased
+    have the mean gradient of KL(pi || ref), k3 that of KL(ref || pi), k1 none (tests/test_oracle_enumeration.py).
     """
     d = ref_logp - logp
     if estimator == "k1":
@@ -133,9 +133,9 @@ def row_mean(per_token: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def surrogate(log_ratio, advantage, logp, mask, algorithm: Algorithm) -> torch.Tensor:
-    """The loss per token (B, T) without its other terms, of log-ratios (B, T) and advantage (B, 1): what is descended.
+    """The policy term of the loss per token (B, T); log_ratio, logp and mask are (B, T), advantage (B, 1).
 
-    At ratio 1, the first inner update, the gradient of each is that of `reinforce`.
+    At ratio 1, as in the first inner update, its gradient, summed over a row, is that of `reinforce`.
     """
     if algorithm.surrogate == "reinforce":
         return -advantage * logp
@@ -186,16 +186,16 @@ def policy_loss(
     if algorithm.ratio == "sequence":
         log_ratio = row_mean(log_ratio, mask)  # (GSPO, eq. 7)
     per_token = surrogate(log_ratio, advantage, logp, mask, algorithm)
-    if algorithm.off_policy_limit:  # rows to be made rarer that are so already (DeepSeek-V3.2, arXiv 2512.02556)
+    if algorithm.off_policy_limit:  # drops rows with A < 0 that are rarer already (DeepSeek-V3.2, arXiv 2512.02556)
         near = -row_mean(token_log_ratio.detach(), mask) <= algorithm.off_policy_limit
         per_token = torch.where(near | (advantage >= 0), per_token, 0.0)
     if weight is not None:
         per_token = per_token * weight
     if algorithm.anchor:  # a pull towards the old policy (Kimi K2, arXiv 2507.20534)
         per_token = per_token + algorithm.anchor / 2 * token_log_ratio.square()
-    if algorithm.entropy_bonus:  # E[(logp + H) * gradient of logp] is minus the gradient of H; H takes noise away
-        surprise = (logp + torch.where(mask, entropy, 0.0)).detach()
-        per_token = per_token + algorithm.entropy_bonus * surprise * logp
+    if algorithm.entropy_bonus:  # on-policy, E[(logp + H) * gradient of logp] = -gradient of H; the + H is a baseline
+        excess = (logp + torch.where(mask, entropy, 0.0)).detach()  # of logp over its mean, which is -H
+        per_token = per_token + algorithm.entropy_bonus * excess * logp
     if ref_logp is not None:
         ref_logp = torch.where(mask, ref_logp, 0.0)
         kl = kl_penalty(logp, ref_logp, algorithm.kl_estimator, log_ratio.exp())
@@ -210,14 +210,14 @@ def policy_loss(
 
 @torch.no_grad()
 def bounded(log_ratio, advantage, logp, algorithm: Algorithm) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tokens (B, T) from which the surrogate's lower and its upper bound take the gradient."""
+    """The tokens (B, T) whose gradient the surrogate's lower and its upper bound remove; `dppo` masks by this, too."""
     if algorithm.surrogate == "clip":
         change = log_ratio.exp() - 1
     elif algorithm.surrogate == "geometric":
         change = log_ratio
     elif algorithm.surrogate == "dppo":
         change = logp.exp() * (1 - (-log_ratio).exp())  # pi - pi_old
-    else:
+    else:  # cispo bounds the weight alone, sapo and reinforce nothing
         change = torch.zeros_like(log_ratio)
     low = (advantage < 0) & (change < -algorithm.epsilon)
     over_cap = (advantage < 0) & (log_ratio > math.log(algorithm.cap or math.inf))
@@ -237,10 +237,10 @@ def loss_metrics(logp, ref_logp, log_ratio, advantage, mask, algorithm: Algorith
 
 
 def mixed_advantages(scores: Scores, algorithm: Algorithm) -> torch.Tensor:
-    """Advantages (P, G) of the total reward or, by `combine` each, the weighted sum of each function's own.
+    """Advantages (P, G) of the total reward or, by `combine` each, of each function apart, then summed by weight.
 
-    Then every function is normalised in its group, as by `group`, before weights compare them, and `batch_std` divides
-    the sum (GDPO, arXiv 2601.05242).
+    The latter (GDPO, arXiv 2601.05242): each function is normalised in its group, as by `group`, before its weight
+    applies; then `batch_std` divides the sum by its std over all rows, and `centered` leaves it.
     """
     if algorithm.combine == "sum":
         return group_advantages(scores.total, algorithm.advantage, scores.known, algorithm.k)
@@ -269,9 +269,10 @@ def train_step(run: GRPORun, step: int) -> dict[str, float]:
     clock.append(time.perf_counter())
     with run.unbroken(), out_of_memory("--micro-batch-tokens"):
         advantages = mixed_advantages(scores, algorithm)  # (4)
-        own, advantages = own_groups(rollout, advantages.float().to(policy.device))
+        own, advantages = own_groups(rollout, advantages.float().to(policy.device))  # this rank's; alone, all
         ref_logp = run.within_memory(score_rollout, run.reference, own) if run.reference else None  # (5)
         clock.append(time.perf_counter())
+        # run.config, since (5) has lowered its micro_batch_tokens if memory was short
         metrics |= update(policy, run.reference, run.optimizer, own, advantages, ref_logp, run.config)  # (6)
         clock.append(time.perf_counter())
         if config.ref_update_every and step % config.ref_update_every == 0:
@@ -292,8 +293,8 @@ def replace_flat_groups(run: GRPORun, step: int, examples: list[Example], rollou
     """A rollout and its scores with other groups in the place of flat ones, and counts of all that was sampled.
 
     Groups of equal rewards teach nothing: they are replaced by groups of fresh prompts, at most `max_resample` times
-    (dynamic sampling: DAPO, section 3.2), and what is flat in the last draw stays. Measured is the first draw, whose
-    prompts nothing has selected; `samples` and `tokens` count all draws.
+    (dynamic sampling: DAPO, section 3.2); what is flat in the last draw stays. The other metrics are the first draw's,
+    whose prompts nothing has selected; `samples` and `tokens` count all draws.
     """
     config, last_draw = run.config, run.config.resolved_algorithm.max_resample
     kept, missing, used, counts = [], config.batch_size, set(map(id, examples)), Counter()
@@ -324,8 +325,8 @@ def loss_mask(rollout: Rollout, algorithm: Algorithm) -> torch.Tensor:
 def high_entropy_tokens(policy: Policy, rollout: Rollout, algorithm: Algorithm, budget: int) -> torch.Tensor | None:
     """The tokens (B, T) of the loss with the highest entropy, a share `top_entropy` of all; None if that is all.
 
-    The policy is uncertain where it decides, and the rewards act there only (arXiv 2506.01939). One threshold for the
-    whole optimizer batch, that of all ranks.
+    The policy decides where it is uncertain: rewards act there only (arXiv 2506.01939), save through a row's ratio
+    (`sequence`, `geometric`), which moves all its tokens. One threshold for the optimizer batch of all ranks.
     """
     if algorithm.top_entropy == 1:
         return None
@@ -358,17 +359,17 @@ def update(
     it and clears the gradient. With several ranks the rows are this one's, denominators and gradients those of all.
     """
     algorithm, order, budget = config.resolved_algorithm, advantages, config.micro_batch_tokens
-    rows = loss_denominator(loss_mask(rollout, algorithm), algorithm.aggregate, config.max_new_tokens)
-    denominator = max(1, ranks.total({"rows": rows})["rows"])
+    share = loss_denominator(loss_mask(rollout, algorithm), algorithm.aggregate, config.max_new_tokens)
+    denominator = max(1, ranks.total({"share": share})["share"])  # rows, tokens or rows * max_new_tokens, of all ranks
     high_entropy, budget = runs.within_memory(high_entropy_tokens, (policy, rollout, algorithm), budget, optimizer)
-    start, losses, norms, all_sums, all_peaks = None, [], [], Counter(), {}
+    old_logp, losses, norms, all_sums, all_peaks = None, [], [], Counter(), {}
     for _ in range(config.num_inner_updates):
-        if algorithm.advantage == "pairwise":  # which follows the policy as it is now
+        if algorithm.advantage == "pairwise":  # of the rewards' order, and of the policy as it is now
             with ranks.whole(policy.model):
                 mean_logp, budget = runs.within_memory(mean_log_probs, (policy, rollout), budget, optimizer)
             advantages = pairwise_of_all(order, mean_logp, algorithm.preference_strength)
-        given = (policy, reference, rollout, advantages, ref_logp, start, high_entropy, algorithm, denominator)
-        (start, sums, peaks, bad), budget = runs.within_memory(backward, given, budget, optimizer)
+        given = (policy, reference, rollout, advantages, ref_logp, old_logp, high_entropy, algorithm, denominator)
+        (old_logp, sums, peaks, bad), budget = runs.within_memory(backward, given, budget, optimizer)
         ranks.add_gradients(list(policy.model.parameters()))
         sums, peaks = ranks.total(sums), ranks.largest(peaks)
         losses.append(sums.pop("loss"))
@@ -385,25 +386,24 @@ def update(
 
 def backward(
     policy: Policy, reference: Policy | None, rollout: Rollout, advantages: torch.Tensor, ref_logp: torch.Tensor | None,
-    start_logp: torch.Tensor | None, high_entropy: torch.Tensor | None, algorithm: Algorithm, denominator: float,
+    old_logp: torch.Tensor | None, high_entropy: torch.Tensor | None, algorithm: Algorithm, denominator: float,
     token_budget: int,
 ) -> tuple[torch.Tensor, dict[str, float], dict[str, float], list[dict]]:  # fmt: skip
     """Add up the gradient of the loss over a rollout, in micro-batches of at most `token_budget` tokens.
 
-    Returns the log-probabilities (B, T) that the ratios start from, sums, largest values, and the rows whose loss is
-    not finite. Without `start_logp` they are the policy's own, so that the ratio is exactly 1. Rewards act on the
-    `high_entropy` tokens (B, T), or on all.
+    Returns old_logp (B, T), sums, largest values, and the rows whose loss is not finite. In the first inner update
+    `old_logp` is None, and becomes the policy's own, so that the ratio is exactly 1. Rewards act on the `high_entropy`
+    tokens (B, T), or on all.
     """
-    old_logp, sums, peaks, bad = start_logp, Counter(), {"ratio_max": 0.0, "sampler_gap": 0.0}, []
+    first, sums, peaks, bad = old_logp is None, Counter(), {"ratio_max": 0.0, "sampler_gap": 0.0}, []
     batches = micro_batches(rollout, token_budget, policy.layout)
     ranks.keep_step(policy.model, len(batches), lambda: policy.log_probs(rollout.select(batches[-1]))[0])
     for rows in batches:
         part = rollout.select(rows)
         width = part.mask.shape[1]
         logp, entropy = policy.log_probs(part)
-        if old_logp is None:
-            old_logp = logp.new_zeros(rollout.mask.shape)
-        if start_logp is None:
+        if first:  # the ratio starts from the policy as it is, at exactly 1
+            old_logp = logp.new_zeros(rollout.mask.shape) if old_logp is None else old_logp
             old_logp[rows, :width] = logp.detach()
         old, ref = old_logp[rows, :width], None if ref_logp is None else ref_logp[rows, :width]
         advantage = advantages.flatten()[rows]  # row p * G + g

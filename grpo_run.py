@@ -245,7 +245,7 @@ def prepare(config: GRPOConfig) -> GRPORun:
 def copies_to_sample(policy: Policy, config: GRPOConfig) -> deque[Policy]:
     """The frozen copies of a policy that sample in its place, oldest first; none where it samples itself.
 
-    The policy as it is now has one, too, since the step that will need it again has then moved it.
+    The newest holds the weights of now: by the step that samples from it, the policy itself will have moved on.
     """
     copies = deque()
     with out_of_memory("--rollout-lag"):

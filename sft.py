@@ -37,9 +37,9 @@ def cross_entropy(
     policy: Policy, rollout: Rollout, copies: torch.Tensor, token_budget: int, learn: bool = True,
     tokens: float | None = None,
 ) -> float:  # fmt: skip
-    """The sum of -log pi over completion tokens, in nats, as if each row were there `copies` (B,) times, over `tokens`.
+    """The mean of -log pi over completion tokens, in nats, as if each row were there `copies` (B,) times.
 
-    That is their number, or that of all ranks. With `learn` its gradient is accumulated.
+    Its denominator is `tokens`, or their number; with several ranks that of all. `learn` accumulates its gradient.
     """
     tokens, total = tokens or count_tokens(rollout, copies), 0.0
     batches = micro_batches(rollout, token_budget, policy.layout)

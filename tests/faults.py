@@ -116,7 +116,7 @@ FAULTS = [
     Fault(
         "old log-probabilities taken again at each inner update: the ratio is always 1",
         "meta-pytorch/torchforge#571",
-        "grpo.py", "        if start_logp is None:\n            old_logp[", "        if True:\n            old_logp[",
+        "grpo.py", "        if first:", "        if True:",
         "grpo::test_ratio_is_one_at_first_and_moves_with_inner_updates",
     ),
     Fault(
@@ -401,7 +401,7 @@ FAULTS = [
     Fault(
         "masked truncated rows counted in the tokens that the loss is divided by",
         "huggingface/trl#6369",
-        "grpo.py", "    rows = loss_denominator(loss_mask(rollout, algorithm), algorithm.aggregate", "    rows = loss_denominator(rollout.mask, algorithm.aggregate",
+        "grpo.py", "    share = loss_denominator(loss_mask(rollout, algorithm), algorithm.aggregate", "    share = loss_denominator(rollout.mask, algorithm.aggregate",
         "grpo::test_truncated_rows_leave_the_loss_and_not_their_groups_mean",
     ),
     Fault(

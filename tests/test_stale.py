@@ -350,11 +350,25 @@ def test_the_tokens_of_highest_entropy_by_hand(monkeypatch):
         ({"correction": "mask", "correction_low": 3.0}, "--correction-low is 3.0, above --correction-high"),
         ({"correction_high": 3.0}, "--correction-high does nothing without a --correction"),
         ({"correction": "truncate", "correction_low": 0.1}, "--correction-low does nothing without --correction mask"),
+        ({"surrogate": "reinforce", "ratio": "sequence"}, "--ratio does nothing without a --surrogate that has one"),
     ],
 )
 def test_mistakes_are_told(more, words):
     with pytest.raises(UserError, match=words):
         GRPOConfig(**more)
+
+
+def test_reinforce_has_a_ratio_where_the_kl_term_has_one():
+    logp, old, ref = torch.tensor([[[-1.0, -2.0]], [[-1.5, -1.0]], [[-2.0, -1.2]]])
+    losses = []
+    for ratio in ("token", "sequence"):
+        row = GRPOConfig(surrogate="reinforce", ratio=ratio, kl_estimator="k3_unbiased").resolved_algorithm
+        assert f"ratio {ratio}" in str(row)
+        losses.append(policy_loss(logp, old, torch.zeros(1), torch.ones(1, 2, dtype=torch.bool), row, ref)[0].item())
+    (a, b), (x, y) = (0.5, -1.0), (-1.0, 0.8)  # log-ratios, and log ref - log pi
+    kl = [math.exp(d) - d - 1 for d in (x, y)]
+    by_token = 0.04 * (math.exp(a) * kl[0] + math.exp(b) * kl[1]) / 2
+    assert losses == pytest.approx([by_token, 0.04 * math.exp((a + b) / 2) * sum(kl) / 2])
 
 
 @pytest.mark.parametrize("more", [{"rollout_lag": 1}, {"sampler_dtype": "bfloat16"}])
