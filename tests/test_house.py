@@ -15,7 +15,7 @@ FLOORS = {  # file: its floor, the most lines it may have; the first drawing's n
     "inference.py": (8, 380),
     "checkpoints.py": (7, 400),
     "plan.py": (8, 160),  # not drawn: what --dry-run says, of checkpoints.py
-    "policy.py": (6, 441),  # 500
+    "policy.py": (6, 447),  # 500
     "policy_gaussian.py": (5, 180),  # not drawn: policy.py and model_toy.py were full
     "rollouts.py": (4, 165),  # not drawn: policy.py had become 600 lines
     "tasks.py": (4, 460),  # 420, and room for another task

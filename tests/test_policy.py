@@ -181,6 +181,25 @@ def test_entropy_is_computed_only_where_it_is_asked_for(ragged, monkeypatch):
     torch.testing.assert_close(spread, policy.log_probs(rollout)[1], rtol=0, atol=1e-6)
 
 
+def test_what_follows_the_logits_goes_in_pieces_and_gives_what_it_gives_as_a_whole(random_policy, monkeypatch):
+    policy, sizes = random_policy(), []
+    vocabulary, most = policy.model.config.vocab_size, 2**22
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(most // vocabulary + 3, policy.model.config.hidden_size, generator=generator).requires_grad_()
+    ids = torch.randint(vocabulary, hidden.shape[:1], generator=generator)
+    plain = policies.log_distribution
+    monkeypatch.setattr(policies, "log_distribution", lambda *x: sizes.append(x[0].numel()) or plain(*x))
+    logp, spread = policy.score_tokens(hidden, ids)
+    assert sizes == [most // vocabulary * vocabulary, 3 * vocabulary]
+    whole = F.log_softmax(policy.logits(hidden), -1)
+    expected = whole.gather(1, ids[:, None])[:, 0]
+    assert torch.equal(logp, expected)
+    torch.testing.assert_close(spread, torch.distributions.Categorical(logits=whole.detach()).entropy())
+    weight = torch.randn(ids.shape, generator=generator)
+    grads = [torch.autograd.grad((weight * x).sum(), [hidden, policy.model.lm_head.weight]) for x in (logp, expected)]
+    torch.testing.assert_close(*grads)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_logits_are_products_of_float32_in_bfloat16_too(random_policy, tied):
     policy = random_policy(tie_word_embeddings=tied)
