@@ -85,6 +85,8 @@ def plan(
     kept = layers * tokens * hidden * 4 + layer if model.checkpointing else layers * layer
     whole, scores = getattr(model, "full_logits", False), batch * max_new_tokens * config.vocab_size
     most = scores if whole else policy.chunk_logits or most_logits(settings["device"])
+    # Of a single chunk on a CPU only logits, log-softmax and gradient are whole, the rest is in pieces.
+    alive = 3 if settings["device"].type == "cpu" and scores <= most else 4
     ours = isinstance(model, Llama)
     shared = ours and own >= Cache.share_from  # else each row has a copy of its prompt's keys and values
     seen = common + (prompts if shared else rows) * own + rows * max_new_tokens
@@ -99,7 +101,7 @@ def plan(
         "sampling": (cache + copy * made_ready, "--batch-size, --num-generations or --max-new-tokens"),
         "gradients": ((6 if low else 4) * weights, "a smaller --model"),  # bfloat16: with autocast's copies
         "activations": (kept + 3 * tokens * inner * size, "--gradient-checkpointing, then --micro-batch-tokens"),
-        "logits": (4 * 4 * min(most, scores), "--micro-batch-tokens" if whole else "bounded by chunks"),
+        "logits": (4 * alive * min(most, scores), "--micro-batch-tokens" if whole else "bounded by chunks"),
     }
     passes = 2 + 2 * settings["reference"] + (8 if model.checkpointing else 6) * settings["inner_updates"]
     work = weights * passes * (common + prompts * own + rows * max_new_tokens)

@@ -325,8 +325,8 @@ class TokenPolicy:
         """Log-probabilities (N,) of ids (N,), and entropies (N,) if asked for, from hidden states (N, C).
 
         The vocabulary's (N, V) never exists as a whole if it is large: the tokens go in chunks, whose logits are made
-        again in the backward pass. On a CPU what follows the logits goes in pieces of 16 MB, since larger ones are
-        fresh memory each time: 8 % of the update of `small`.
+        again in the backward pass. On a CPU what follows the logits of a single chunk goes in pieces of 16 MB, since
+        larger ones are fresh memory each time: 8 % of the update of `small`. (Of many they would leave gaps.)
         """
         spreads, vocabulary = [], self.model.config.vocab_size
 
@@ -342,8 +342,8 @@ class TokenPolicy:
             return torch.cat(picked)
 
         size = max(1, (self.chunk_logits or most_logits(self.device)) // vocabulary)
-        piece = max(1, 2**22 // vocabulary) if self.device.type == "cpu" else size
         chunks = list(zip(hidden.split(size), ids.split(size), strict=True))
+        piece = max(1, 2**22 // vocabulary) if self.device.type == "cpu" and len(chunks) == 1 else size
         if len(chunks) == 1:
             return score(hidden, ids), torch.cat(spreads) if entropy else None
         parts = [checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks]
