@@ -74,7 +74,7 @@ FAULTS = [
     Fault(
         "the sampling temperature missing in the scorer",
         "huggingface/trl#3029",
-        "policy.py", "self.temperature, self.exploration_noise)\n            if entropy", "1.0, self.exploration_noise)\n            if entropy",
+        "policy.py", "log_distribution(logits, self.temperature, self.exploration_noise)", "log_distribution(logits, 1.0, self.exploration_noise)",
         "oracle_sampler::test_scorer_is_transformers",
     ),
     Fault(
