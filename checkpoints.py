@@ -79,8 +79,7 @@ def load_model(folder: Path, weights: bool = True) -> Llama | HubModel:
     """The model of a checkpoint, in float32: `Llama` where that computes it, else that of `transformers`.
 
     Without `weights` it stands on PyTorch's meta device, which has sizes and no numbers. Raises UserError naming
-    the file that is missing, damaged or of a kind that cannot be used. No code of the checkpoint's is run and no
-    pickle is read.
+    the file that is missing, damaged or of a kind that cannot be used.
     """
     values = read_json(folder / "config.json")
     file = folder / "model.safetensors"

@@ -330,24 +330,21 @@ class TokenPolicy:
         """
         spreads, vocabulary = [], self.model.config.vocab_size
 
-        def score(hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-            wanted, spread, picked = entropy and len(spreads) < len(chunks), [], []  # not again in the backward pass
-            for logits, chosen in zip(self.logits(hidden).split(piece), ids.split(piece), strict=True):
-                distribution = log_distribution(logits, self.temperature, self.exploration_noise)
-                picked.append(distribution.gather(1, chosen[:, None])[:, 0])
-                if wanted:
-                    spread.append(torch.special.entr(distribution.detach().exp()).sum(-1))
-            if wanted:
-                spreads.append(torch.cat(spread))
-            return torch.cat(picked)
+        def score(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+            distribution = log_distribution(logits, self.temperature, self.exploration_noise)
+            if entropy and len(spreads) < len(parts):  # not again in the backward pass
+                spreads.append(torch.special.entr(distribution.detach().exp()).sum(-1))
+            return distribution.gather(1, ids[:, None])[:, 0]
 
         size = max(1, (self.chunk_logits or most_logits(self.device)) // vocabulary)
-        chunks = list(zip(hidden.split(size), ids.split(size), strict=True))
-        piece = max(1, 2**22 // vocabulary) if self.device.type == "cpu" and len(chunks) == 1 else size
-        if len(chunks) == 1:
-            return score(hidden, ids), torch.cat(spreads) if entropy else None
-        parts = [checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks]
-        return torch.cat(parts), torch.cat(spreads) if entropy else None
+        if len(hidden) <= size:
+            piece = max(1, 2**22 // vocabulary) if self.device.type == "cpu" else size
+            parts = list(zip(self.logits(hidden).split(piece), ids.split(piece), strict=True))
+            picked = [score(*part) for part in parts]
+        else:
+            parts = list(zip(hidden.split(size), ids.split(size), strict=True))
+            picked = [checkpoint(lambda x, y: score(self.logits(x), y), *part, use_reentrant=False) for part in parts]
+        return torch.cat(picked), torch.cat(spreads) if entropy else None
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (..., V) of hidden states (..., C), float32 or wider, the output layer's product included.

@@ -20,17 +20,7 @@ from tqdm import tqdm
 
 import commands
 import ranks
-from commands import (
-    NotFinite,
-    UserError,
-    append_json,
-    check_settings,
-    describe,
-    flag_of,
-    option,
-    parser_for,
-    read_json,
-)
+from commands import NotFinite, UserError, append_json, check_settings, describe, flag_of, option, parser_for, read_json
 from states import FORMAT, Position, lines_until, load_state, note_stretch, save_state, states
 
 

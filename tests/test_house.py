@@ -15,13 +15,13 @@ FLOORS = {  # file: its floor, the most lines it may have; the first drawing's n
     "inference.py": (8, 380),
     "checkpoints.py": (7, 400),
     "plan.py": (8, 160),  # not drawn: what --dry-run says, of checkpoints.py
-    "policy.py": (6, 447),  # 500
+    "policy.py": (6, 444),  # 500
     "policy_gaussian.py": (5, 180),  # not drawn: policy.py and model_toy.py were full
     "rollouts.py": (4, 165),  # not drawn: policy.py had become 600 lines
     "tasks.py": (4, 460),  # 420, and room for another task
     "rewards.py": (3, 520),
     "graders.py": (1, 200),  # not drawn: judge and comparison of rewards.py, which had become 700 lines
-    "runs.py": (2, 454),
+    "runs.py": (2, 450),
     "states.py": (1, 325),  # not drawn: a run's folder; runs.py had become 640 lines
     "commands.py": (0, 328),  # not drawn: the same
     "ranks.py": (0, 217),
