@@ -15,7 +15,7 @@ import torch
 import ranks
 from commands import UserError, load_tensors, load_weights, os_error, read_json, save_tensors, write_json
 from model_hub import HubModel
-from model_toy import Llama, LlamaConfig, character_tokenizer
+from model_toy import Llama, LlamaConfig, character_tokenizer, compile_blocks
 from policy import Policy, TokenPolicy
 from policy_gaussian import Autoencoder, AutoencoderConfig, GaussianPolicy
 from tasks import Task
@@ -227,6 +227,7 @@ def load(
         raise UserError(f"{folder / 'config.json'} names no eos_token_id, so no completion could end; add it")
     policy = TokenPolicy(model.to(device), tokenizer, temperature, ends, exploration_noise or 0.0)
     policy.dtype = choose_dtype(dtype, policy, device)
+    set_precision(policy.dtype, device)
     policy.revision = folder.name if folder.parent.name == "snapshots" else None
     set_template(policy, chat_template, thinking)
     return policy
@@ -235,6 +236,21 @@ def load(
 def choose_dtype(name: str | None, policy: Policy, device: torch.device) -> torch.dtype:
     """Of matrix products: as named, else float32, and on a GPU bfloat16 if the model is no toy."""
     return getattr(torch, name or ("bfloat16" if device.type == "cuda" and not is_toy(policy) else "float32"))
+
+
+def set_precision(dtype: torch.dtype, device: torch.device) -> None:
+    """On a GPU, products that stay float32 beside bfloat16 ones may round their factors to 10 bits: 7 times as fast."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "high")
+
+
+def make_ready(policy: Policy, config) -> None:
+    """Let a policy's passes be compiled and checkpointed as the settings of a run say; raises UserError."""
+    if config.compile and (not isinstance(policy.model, Llama) or policy.device.type != "cuda" or config.shard):
+        raise UserError("--compile is for a Llama or Qwen2 on a GPU, without --shard; leave it out")
+    if config.compile:
+        compile_blocks()
+    policy.model.checkpointing = config.gradient_checkpointing
 
 
 def introduce(policy: Policy, config, prompt: str | list[dict]) -> None:

@@ -22,7 +22,7 @@ import runs
 import sft
 import states
 from algorithms import ALGORITHMS, Algorithm
-from checkpoints import choose_device, introduce, is_toy, load, open_policy
+from checkpoints import choose_device, introduce, is_toy, load, make_ready, open_policy
 from commands import NotFinite, UserError, flag_of, option, out_of_memory
 from inference import evaluate, results_table
 from plan import sampler_dtypes
@@ -221,7 +221,7 @@ def prepare(config: GRPOConfig) -> GRPORun:
         policy = load(sft.toy(config), choose_device(config.device), config.dtype, **config.sampling)
         data = policy.fitting(data, config.max_new_tokens)
     introduce(policy, config, data["train"][0].prompt)
-    policy.model.checkpointing = config.gradient_checkpointing
+    make_ready(policy, config)
     reference = frozen(policy) if algorithm.beta > 0 else None
     if rewards.needs_scorer and not config.scorer:
         start = reference if reference and not config.ref_update_every else policy

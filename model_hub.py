@@ -11,6 +11,8 @@ from torch import nn
 class HubCache:
     """The cache of any model of `transformers`, with `Cache`'s two verbs; what rows share is repeated for each."""
 
+    place = None  # it grows with each token
+
     def __init__(self):
         from transformers import DynamicCache
 

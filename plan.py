@@ -91,7 +91,7 @@ def plan(
     shared = ours and own >= Cache.share_from  # else each row has a copy of its prompt's keys and values
     seen = common + (prompts if shared else rows) * own + rows * max_new_tokens
     cache = 2 * size * layers * width * seen + 5 * 4 * rows * config.vocab_size
-    copy, made_ready = copy_bytes(policy, policy.dtype), low or (ours and settings["device"].type == "cpu")
+    copy, made_ready = copy_bytes(policy, policy.dtype), low or (ours and settings["device"].type != "mps")
     parts = {
         "process": (own_bytes(settings["device"]), "Python and its libraries"),
         "weights": (4 * weights, "a smaller --model"),

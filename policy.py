@@ -10,7 +10,7 @@ import dataclasses
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 import ranks
 from attention import Packed, Shared, spare
 from commands import UserError, printable
-from model_toy import Llama, can_prepack, prepacked
+from linear import can_prepack, prepacked
+from model_toy import Llama
 from policy_gaussian import GaussianPolicy
 from rollouts import Rollout, checked, micro_batches, row_uniforms
 from tasks import Example
@@ -31,7 +32,8 @@ def log_distribution(logits: torch.Tensor, temperature: float, noise: float = 0.
     With `noise` it is the log of the mixture (1 - noise) * softmax + noise / V.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    log_probs = torch.log_softmax(logits / temperature, dim=-1)
+    logits = logits if temperature == 1 else logits / temperature  # a twentieth of an update on a GPU
+    log_probs = torch.log_softmax(logits, dim=-1)
     if not noise:
         return log_probs
     uniform = torch.full_like(log_probs, math.log(noise / log_probs.shape[-1]))
@@ -46,6 +48,17 @@ def most_logits(device: torch.device) -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 256
     except (AttributeError, OSError, ValueError):  # not everywhere
         return 2**24
+
+
+def running(x: torch.Tensor) -> torch.Tensor:
+    """Cumulative sums of rows (B, N); of a GPU PyTorch refuses them to `--deterministic`, though these do not vary."""
+    if not torch.are_deterministic_algorithms_enabled():
+        return x.cumsum(-1)
+    torch.use_deterministic_algorithms(False)
+    try:
+        return x.cumsum(-1)
+    finally:
+        torch.use_deterministic_algorithms(True)
 
 
 def inverse_cdf(log_probs: torch.Tensor, uniform: torch.Tensor, block: int = 256) -> torch.Tensor:
@@ -65,13 +78,36 @@ def inverse_cdf(log_probs: torch.Tensor, uniform: torch.Tensor, block: int = 256
     weights, block = log_probs.exp().to(uniform.device), min(block, log_probs.shape[1])
     blocks = F.pad(weights, (0, -weights.shape[1] % block)).unflatten(1, (-1, block))  # (B, V / block, block)
     sums = blocks.sum(-1, dtype=torch.float64)
-    ends = sums.cumsum(-1)
+    ends = running(sums)
     goal = uniform[:, None] * ends[:, -1:]
     chosen = first_above(ends, goal)
     before = (ends - sums).gather(1, chosen)
-    inside = blocks[torch.arange(len(blocks), device=blocks.device), chosen[:, 0]].cumsum(-1, dtype=torch.float64)
+    inside = running(blocks[torch.arange(len(blocks), device=blocks.device), chosen[:, 0]].double())
     token = (chosen * block + first_above(inside, goal - before))[:, 0].clamp(max=weights.shape[1] - 1)
     return token.to(log_probs.device)
+
+
+def replayed(step: Callable[[], None], device: torch.device | None) -> Iterator[None]:
+    """Make a step with each `next`; on a GPU, if it is given, the second is captured, and that graph replayed.
+
+    A CUDA graph launches the hundreds of kernels of a token at once, which took most of the time: 0.13 to 0.17 of it
+    is left (a model of 0.5 billion weights, 64 and 512 rows). The step as it is, the first, loads what kernels need.
+    """
+    step()
+    yield
+    if device:
+        torch.cuda.empty_cache()  # a graph has memory of its own, and cannot take what was kept for others
+        graph, now, aside = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device), torch.cuda.Stream(device)
+        aside.wait_stream(now)
+        with torch.cuda.stream(aside):
+            graph.capture_begin(capture_error_mode="thread_local")
+            step()
+            graph.capture_end()
+        now.wait_stream(aside)
+        step = graph.replay
+    while True:
+        step()
+        yield
 
 
 class TokenPolicy:
@@ -81,7 +117,7 @@ class TokenPolicy:
     """
 
     look_every: int | None = None  # tokens between two looks for ended rows; None: 8 on a GPU, else 1
-    drop_below = 0.9  # compact the batch once fewer rows than this would stay
+    drop_below: float | None = None  # compact the batch once fewer rows than this would stay; None: 0.9, or 0.5
     chunk_logits: int | None = None  # most logits at once while scoring; None: a 64th of the memory, in float32
     dtype = torch.float32  # of the matrix products
     revision: str | None = None  # of a model of the hub
@@ -229,6 +265,8 @@ class TokenPolicy:
             cache = actor.model.new_cache()
             hidden, key_mask = actor.prefill(packed, cache)  # (P, C)
             cache.share(group, max_new_tokens - 1, key_mask)
+            if own and self.device.type == "cuda":
+                cache.fix(self.device)
             decoded = actor.decode(hidden[group], cache, packed.prompt_mask.sum(1)[group], uniforms, choose, noise)
         width = int(decoded[1].sum(1).max())
         actions, mask, logp = (x[:, :width].clone() for x in decoded)  # ordinary tensors, which autograd takes
@@ -264,7 +302,8 @@ class TokenPolicy:
 
         `hidden` (B, C) predicts the first token, which stands at `positions` (B,); `choose` turns log-probabilities
         (rows, V) and uniforms (rows,) into tokens. Ended rows are dropped from the batch, a tenth of it at a time; on a
-        CPU a few stay, by `spare`; on a GPU, which would have to wait for the count, only every eighth token looks.
+        CPU a few stay, by `spare`; on a GPU, which would have to wait for the count, only every eighth token looks, and
+        half of the batch goes at a time, since its graph is captured again. All of a step happens in place, for it.
         """
         actions = torch.full(uniforms.shape, self.pad_id, device=self.device)
         mask = torch.zeros_like(actions, dtype=torch.bool)
@@ -272,23 +311,40 @@ class TokenPolicy:
         ends = torch.tensor(self.end_ids, device=self.device)
         rows = torch.arange(len(actions), device=self.device)  # the rows that are still in the batch
         going = torch.ones_like(rows, dtype=torch.bool)  # those of them that have not ended
-        look_every = self.look_every or (8 if self.device.type == "cuda" else 1)
-        for t in range(actions.shape[1]):
+        token, t = torch.zeros_like(rows), torch.zeros_like(rows[:1])
+        on_gpu = self.device.type == "cuda"
+        of_graphs = self.device if on_gpu and cache.place is not None else None
+        look_every = self.look_every or (8 if on_gpu else 1)
+        drop_below = (0.5 if of_graphs else 0.9) if self.drop_below is None else self.drop_below
+
+        def draw(hidden: torch.Tensor) -> None:
             distribution = log_distribution(self.logits(hidden), self.temperature, noise)
-            token = choose(distribution, uniforms[rows.to(uniforms.device), t])
+            here = (x.to(uniforms.device) for x in (rows, t))
+            token.copy_(choose(distribution, uniforms[*here]))
             actions[rows, t], mask[rows, t] = token, going
             logp[rows, t] = distribution.gather(1, token[:, None])[:, 0]
-            going = going & ~torch.isin(token, ends)
-            left = int(going.sum()) if t % look_every == 0 else len(going)
-            if t + 1 == actions.shape[1] or not left:
-                return actions.where(mask, self.pad_id), mask, logp.where(mask, 0.0)
-            left += spare(left, self.device, least=1)
-            if left < self.drop_below * len(going):
-                keep = going.byte().argsort(descending=True, stable=True)[:left].sort()[0]
-                rows, token, positions, going = rows[keep], token[keep], positions[keep], going[keep]
-                cache.select(keep)
+            going.logical_and_((token[:, None] != ends).all(1))
+            t.add_(1)
+
+        def step() -> None:
             hidden = self.model(token[:, None], positions[:, None], cache)[:, 0]
-            positions = positions + 1
+            positions.add_(1)
+            draw(hidden)
+
+        draw(hidden)
+        steps = replayed(step, of_graphs)
+        for before in range(actions.shape[1] - 1):
+            left = int(going.sum()) if before % look_every == 0 else len(going)
+            if not left:
+                break
+            left += spare(left, self.device, least=1)
+            if left < drop_below * len(going):
+                keep = going.byte().argsort(descending=True, stable=True)[:left].sort()[0]
+                rows, token, positions, going = (x[keep] for x in (rows, token, positions, going))
+                cache.select(keep)
+                steps = replayed(step, of_graphs)
+            next(steps)
+        return actions.where(mask, self.pad_id), mask, logp.where(mask, 0.0)
 
     @property
     def layout(self) -> str:

@@ -53,6 +53,10 @@ class RunSettings:
     micro_batch_tokens: int = option(
         8192, "Most tokens in one pass; changes no gradient.", "memory and device", above_zero=True, may_change=True
     )
+    compile: bool = option(
+        False, "Compile the blocks of a Llama or Qwen2, on a GPU: half a minute, then faster.", "memory and device",
+        may_change=True,
+    )  # fmt: skip
     deterministic: bool = option(
         False, "Only operations whose result does not vary; on a GPU slower.", "memory and device", may_change=True
     )

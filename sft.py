@@ -24,7 +24,7 @@ import commands
 import ranks
 import runs
 import states
-from checkpoints import choose_device, introduce, is_toy, new_policy, open_policy, save
+from checkpoints import choose_device, introduce, is_toy, make_ready, new_policy, open_policy, save
 from commands import NotFinite, UserError, option, out_of_memory
 from inference import evaluate, results_table
 from policy import Policy
@@ -169,7 +169,7 @@ def prepare(config: SFTConfig) -> SFTRun:
         texts += [] if small else [text for example in data["train"] for text in example.demonstrations]
         policy = new_policy(texts, config.seed, choose_device(config.device), config.policy)
     introduce(policy, config, data["train"][0].prompt)
-    policy.model.checkpointing = config.gradient_checkpointing
+    make_ready(policy, config)
     demonstrations = {name: policy.demonstrations(data[name][: config.limit]) for name in ("train", "validation")}
     if None in demonstrations.values():
         raise UserError(f"--task {task.name} has no demonstrations that fit the model; take other --data or a --model")

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from bench_main import describe, load_before, machine, table
 
 import commands
-from model_toy import Product
+from linear import Product
 
 SHAPES = {
     "toy, up": (4288, 128, 512),

@@ -41,7 +41,8 @@ import commands
 import runs
 from grpo import GRPOConfig, group_advantages, update
 from inference import measure_rollout
-from model_toy import Llama, LlamaConfig, character_tokenizer, product
+from linear import product
+from model_toy import Llama, LlamaConfig, character_tokenizer, compile_blocks
 from policy import TokenPolicy, frozen, score_rollout
 from rewards import Rewards
 from rollouts import Rollout
@@ -62,6 +63,7 @@ class Setting:
     shortest: int | None = None  # lengths are drawn from here on; None: every completion has the longest
     power: float = 1.0  # of the uniform numbers that draw them: their mean share is 1 / (power + 1)
     dtype: str = "float32"
+    micro_batch: int = GRPOConfig.micro_batch_tokens
 
 
 SETTINGS = {
@@ -72,7 +74,8 @@ SETTINGS = {
     "135M-32-1": Setting("135M", 1, 8, 32, 32, target=2.0),
     "small-mixed-1": Setting("small", 4, 16, 256, 128, shortest=4, target=5.0),
     "main": Setting("base", 32, 16, 10, 32, target=2.5),  # the task's own prompts; completions end by themselves
-    "qwen-0.5B": Setting("qwen-0.5B", 64, 8, 128, 128, dtype="bfloat16"),
+    "qwen-512-rows": Setting("qwen-0.5B", 64, 8, 128, 128, dtype="bfloat16", micro_batch=32768),  # these on a GPU only
+    "qwen-64-rows": Setting("qwen-0.5B", 8, 8, 128, 128, dtype="bfloat16", micro_batch=32768),
 }
 TOY = replace(SETTINGS["toy-64-1"], target=None)
 AXES = {  # what grows, as a result names it: its label, settings
@@ -93,6 +96,7 @@ SHAPES = {  # vocabulary, hidden size, intermediate size, layers, heads, key-val
     "135M": llama(49152, 576, 1536, 30, 9, 3),
     "qwen-0.5B": llama(151936, 896, 4864, 24, 14, 2, model_type="qwen2"),
 }
+DIGITS = "0123456789"
 PARTS = ("sample", "reward", "score", "update")
 STEPS_TO_90 = 40
 
@@ -124,21 +128,28 @@ class DrawnLengths(IdsPolicy):
         return super().decode(hidden, cache, positions, uniforms, forced, noise)
 
 
+def random_model(name: str) -> TokenPolicy:
+    """Random weights of a shape, with a tokenizer of single characters."""
+    model = Llama(SHAPES[name])
+    model.init_weights(torch.Generator().manual_seed(0))
+    characters = DIGITS + "".join(chr(0x4E00 + i) for i in range(min(model.config.vocab_size, 20000)))
+    return TokenPolicy(model, character_tokenizer([characters[: model.config.vocab_size - 10]]))
+
+
 def make_policy(setting: Setting, args: argparse.Namespace, device: torch.device) -> TokenPolicy:
     """The policy of a setting: the base of the main job, a model of --models, or random weights of its shape."""
     dtype = args.dtype or setting.dtype
     if setting.model == "base":
         return checkpoints.load(args.base, device, dtype)
-    if args.models and setting.model != "qwen-0.5B":
+    if args.models and (args.models / setting.model).exists():
         loaded = checkpoints.load(args.models / setting.model, device, dtype)
         model, tokenizer = loaded.model, loaded.tokenizer
     else:
-        model = Llama(SHAPES[setting.model])
-        model.init_weights(torch.Generator().manual_seed(0))
-        model.to(device)
-        tokenizer = character_tokenizer([chr(0x4E00 + i) for i in range(min(model.config.vocab_size, 20000))])
+        loaded = random_model(setting.model)
+        model, tokenizer = loaded.model.to(device), loaded.tokenizer
     policy = (DrawnLengths if setting.shortest else IdsPolicy)(model, tokenizer)
     policy.dtype = getattr(torch, dtype)
+    checkpoints.set_precision(policy.dtype, device)
     if setting.shortest:
         policy.lengths = drawn_lengths(setting)
     else:
@@ -165,6 +176,7 @@ def make_work(setting: Setting, policy: TokenPolicy) -> tuple[GRPOConfig, list[E
         shares = [sum(i % 2 for i in ids) / len(ids) for ids in rollout.completion_ids]
         return torch.tensor(shares).view(len(examples), -1)
 
+    sizes["micro_batch_tokens"] = setting.micro_batch
     config = GRPOConfig(max_new_tokens=setting.completion, learning_rate=1e-6, **sizes)
     return config, random_prompts(policy.model.config, setting.prompts, setting.prompt, ragged=False), reward
 
@@ -240,6 +252,8 @@ def measure(name: str, args: argparse.Namespace) -> dict:
     torch.set_num_threads(args.threads)
     setting = ALL[name]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.compile:
+        compile_blocks()
     policy = make_policy(setting, args, device)
     reference, optimizer = frozen(policy), runs.adamw(policy.model, weight_decay=0.0)
     config, data, reward = make_work(setting, policy)
@@ -289,12 +303,17 @@ def flags(values: dict) -> list:
     return [word for key, value in values.items() if value is not None for word in (f"--{key}", value)]
 
 
+def fits(name: str, args: argparse.Namespace) -> bool:
+    """Whether a setting has the GPU or the base policy that it needs."""
+    return {"base": bool(args.base), "qwen-0.5B": torch.cuda.is_available()}.get(ALL[name].model, True)
+
+
 def measure_apart(name: str, args: argparse.Namespace, cpu: bool = False) -> dict | None:
-    """`measure` in a process of its own; None if the setting needs a GPU or a base policy that is not there."""
-    if (ALL[name].model == "base" and not args.base) or (name == "qwen-0.5B" and not torch.cuda.is_available()):
+    """`measure` in a process of its own; None if the setting does not fit here."""
+    if not fits(name, args):
         return None
     given = {key: getattr(args, key) for key in ("steps", "warmup", "threads", "models", "base", "dtype")}
-    return child(__file__, "--one", name, *flags(given), cpu=cpu)
+    return child(__file__, "--one", name, *flags(given), *["--compile"] * args.compile, cpu=cpu)
 
 
 def trl_seconds(name: str, args: argparse.Namespace) -> dict[str, float]:
@@ -306,15 +325,19 @@ def trl_seconds(name: str, args: argparse.Namespace) -> dict[str, float]:
     sizes = {"prompts": setting.prompts, "group": setting.group, "prompt-len": setting.prompt}
     sizes |= {"completion-len": setting.completion, "inner": setting.inner, "beta": 0.04, "steps": args.steps}
     sizes |= {"model": args.models / setting.model, "warmup": args.warmup, "threads": args.threads}
-    drawn = ["-O", __file__, "--trl-mixed", name, args.peers]
-    command = [*(drawn if setting.shortest else [args.peers / "bench_trl.py"]), *flags(sizes)]
-    result = child(*command, *["--bf16"] * (args.dtype == "bfloat16"), cpu=True)
+    if not sizes["model"].exists():
+        checkpoints.save(random_model(setting.model), sizes["model"])
+    changed = setting.shortest or torch.cuda.is_available()
+    command = [*(["-O", __file__, "--trl", name, args.peers] if changed else [args.peers / "bench_trl.py"])]
+    half = (args.dtype or setting.dtype) == "bfloat16"
+    result = child(*command, *flags(sizes), *["--bf16"] * half)
     names = {"step": "step_s", "sample": "gen_s", "reward and score": "score_s", "update": "update_s"}
-    return {part: result[key] for part, key in names.items()} | {"memory": result["peak_rss_mb"] * 2**20}
+    memory = result.get("gpu_memory", result["peak_rss_mb"] * 2**20)
+    return {part: result[key] for part, key in names.items()} | {"memory": memory}
 
 
-def trl_mixed(name: str, peers: str, rest: list[str]) -> None:
-    """The peers' bench_trl.py with completions of drawn lengths, after prompts of random digits (a token each).
+def trl_changed(name: str, peers: str, rest: list[str]) -> None:
+    """The peers' bench_trl.py with completions of drawn lengths, or on a GPU, after prompts of random digits.
 
     It asserts that no completion ends before the longest, so it runs under `python -O`, and lengths are checked here.
     """
@@ -323,8 +346,9 @@ def trl_mixed(name: str, peers: str, rest: list[str]) -> None:
     import trl
     from transformers import LogitsProcessorList
 
-    setting = ALL[name]
-    lengths = drawn_lengths(setting)
+    setting, on_gpu, say = ALL[name], torch.cuda.is_available(), bench_trl.report
+    lengths = torch.full((setting.prompts * setting.group,), setting.completion)
+    lengths = drawn_lengths(setting) if setting.shortest else lengths
 
     class Drawn(trl.GRPOTrainer):
         def __init__(self, **settings):
@@ -338,11 +362,13 @@ def trl_mixed(name: str, peers: str, rest: list[str]) -> None:
                 scores[last, end] = 0.0
                 return scores
 
-            self.model.generate = partial(self.model.generate, logits_processor=LogitsProcessorList([force]))
+            if setting.shortest:
+                self.model.generate = partial(self.model.generate, logits_processor=LogitsProcessorList([force]))
 
         def _generate_and_score_completions(self, inputs):
             out = super()._generate_and_score_completions(inputs)
-            if not torch.equal(out["completion_mask"].sum(1), lengths) or out["prompt_ids"].shape[1] != setting.prompt:
+            sizes = out["completion_mask"].sum(1).cpu()
+            if not torch.equal(sizes, lengths) or out["prompt_ids"].shape[1] != setting.prompt:
                 sys.exit("bench_speed.py: TRL's prompts or completions have not the lengths that they should have")
             return out
 
@@ -350,7 +376,13 @@ def trl_mixed(name: str, peers: str, rest: list[str]) -> None:
         drawn = np.random.default_rng(seed).integers(10, size=(count, length)).tolist()
         return [("".join(map(str, row)), "0") for row in drawn]
 
-    trl.GRPOTrainer, bench_trl.problems, sys.argv = Drawn, digits, ["bench_trl.py", *rest]
+    def report(*values, **named):
+        say(*values, **named | ({"gpu_memory": torch.cuda.max_memory_allocated()} if on_gpu else {}))
+
+    settings = trl.GRPOConfig
+    trl.GRPOConfig = lambda **given: settings(**given | {"use_cpu": not on_gpu})
+    trl.GRPOTrainer, bench_trl.problems, bench_trl.report = Drawn, digits, report
+    sys.argv = ["bench_trl.py", *rest]
     bench_trl.main()
 
 
@@ -364,11 +396,11 @@ def race(name: str, args: argparse.Namespace) -> dict | None:
     """Rounds of ours and TRL's: median seconds of the step and of its parts in each, and peak memory."""
 
     def ours() -> dict[str, float]:
-        result = measure_apart(name, args, cpu=True)
+        result = measure_apart(name, args, cpu=ALL[name].model == "base")
         seconds = {part: values["seconds"] for part, values in result["parts"].items()}
         return seconds | {"reward and score": seconds["reward"] + seconds["score"], "memory": result["memory"]}
 
-    if name == "qwen-0.5B" or (ALL[name].model == "base" and not args.base):
+    if not fits(name, args):
         return None
     rounds = [in_turns(number, ours, partial(trl_seconds, name, args)) for number in range(args.rounds)]
     return {"setting": asdict(ALL[name]), "steps": args.steps, "rounds": rounds}
@@ -494,7 +526,8 @@ def parse() -> argparse.Namespace:
     add("--steps", type=int, default=5, help="timed steps (default: %(default)s)")
     add("--warmup", type=int, default=2, help="steps before them (default: %(default)s)")
     add("--threads", type=int, default=torch.get_num_threads(), help="threads of PyTorch (default: its own choice)")
-    add("--dtype", choices=["float32", "bfloat16"], help="of ours (default: float32, for qwen-0.5B bfloat16)")
+    add("--dtype", choices=["float32", "bfloat16"], help="of ours (default: the setting's, mostly float32)")
+    add("--compile", action="store_true", help="compile our blocks; on a GPU")
     add("--results", type=Path, default=ROOT / "results" / "bench_speed.json", help="file to add to")
     add("--one", choices=ALL, metavar="NAME", help="measure one in this process and print it as JSON")
     args = parser.parse_args()
@@ -509,8 +542,8 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--trl-mixed"]:  # its other arguments are those of bench_trl.py
-        return trl_mixed(sys.argv[2], sys.argv[3], sys.argv[4:])
+    if sys.argv[1:2] == ["--trl"]:  # its other arguments are those of bench_trl.py
+        return trl_changed(sys.argv[2], sys.argv[3], sys.argv[4:])
     args = parse()
     if args.one:
         return print("RESULT " + json.dumps(measure(args.one, args)))
@@ -524,6 +557,7 @@ def main() -> None:
         if result:  # kept at once, lest a long run is lost
             kept = json.loads(args.results.read_text()) if args.results.exists() else {}
             group = mode if args.dtype in (None, "float32") else f"{mode} in {args.dtype}"
+            group += ", compiled" * args.compile
             kept.setdefault(group, {})[str(name)] = result | {"machine": here}
             write(args.results, kept)
     report = {"to90": report_to_90, "trl": report_race}.get(mode, report_settings)

@@ -184,7 +184,7 @@ FAULTS = [
     Fault(
         "top-k in the sampler, the full vocabulary in the loss",
         "NVIDIA/NeMo-Aligner#46",
-        "policy.py", "token = choose(distribution,", "token = choose(distribution.where(distribution >= distribution.topk(9).values[:, -1:], -torch.inf),",
+        "policy.py", "token.copy_(choose(distribution,", "token.copy_(choose(distribution.where(distribution >= distribution.topk(9).values[:, -1:], -torch.inf),",
         "oracle_sampler::test_frequencies_follow_the_softmax",
     ),
     Fault(
@@ -232,7 +232,7 @@ FAULTS = [
     Fault(
         "tokens after the end token kept in the mask",
         "bingreeky/MemGen#33",
-        "policy.py", "going = going & ~torch.isin(token, ends)", "going = going | ~torch.isin(token, ends)",
+        "policy.py", "going.logical_and_((token", "going.logical_or_((token",
         "oracle_sampler::test_the_mask_ends_with_the_end_token",
     ),
     Fault(

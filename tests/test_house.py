@@ -15,7 +15,7 @@ FLOORS = {  # file: its floor, the most lines it may have; the first drawing's n
     "inference.py": (8, 380),
     "checkpoints.py": (7, 400),
     "plan.py": (8, 160),  # not drawn: what --dry-run says, of checkpoints.py
-    "policy.py": (6, 444),  # 500
+    "policy.py": (6, 500),
     "policy_gaussian.py": (5, 180),  # not drawn: policy.py and model_toy.py were full
     "rollouts.py": (4, 165),  # not drawn: policy.py had become 600 lines
     "tasks.py": (4, 460),  # 420, and room for another task
@@ -26,8 +26,9 @@ FLOORS = {  # file: its floor, the most lines it may have; the first drawing's n
     "commands.py": (0, 328),  # not drawn: the same
     "ranks.py": (0, 217),
     "model_hub.py": (1, 119),  # not drawn: checkpoints.py was full
-    "model_toy.py": (1, 399),  # 400
-    "attention.py": (0, 258),  # not drawn: model_toy.py had become 530 lines
+    "model_toy.py": (1, 325),  # 400
+    "linear.py": (0, 105),  # not drawn: model_toy.py was full
+    "attention.py": (0, 320),  # not drawn: model_toy.py had become 530 lines
     "plot_metrics.py": (1, 492),  # 450
 }
 

@@ -32,7 +32,7 @@ from checkpoints import save
 from commands import UserError
 from grpo import GRPOConfig
 from inference import InferenceConfig, evaluate
-from model_toy import Attention, Llama, LlamaConfig, character_tokenizer
+from model_toy import Block, Llama, LlamaConfig, character_tokenizer
 from policy import TokenPolicy
 from policy_gaussian import Autoencoder, AutoencoderConfig, GaussianPolicy
 from rollouts import Rollout, join
@@ -560,7 +560,7 @@ EFFECTS = {
         "asked": "judge_url=http://two/v1 judge_model=two judge_scale=2",
         "files": "out=elsewhere save_every=1 dry_run trace",
         "error": "device=abacus policy=autoencoder resume overwrite chat_template=absent thinking=on max_bad_steps=1 "
-        "reward_timeout=0.001 shard",
+        "reward_timeout=0.001 shard compile",
         "mode": "deterministic",
     },
     "sft": {
@@ -571,7 +571,7 @@ EFFECTS = {
         "table": "task=odd_even",
         "files": "out=elsewhere save_every=1",
         "error": "device=abacus policy=autoencoder resume overwrite chat_template=absent thinking=on max_bad_steps=1 "
-        "shard",
+        "shard compile",
         "mode": "deterministic",
     },
     "inference": {
@@ -665,8 +665,8 @@ def look_at(command: str, folder: Path, flags: dict[str, str]) -> dict[str, obje
         patch.setattr(sys, "argv", [f"{command}.py", *words])
         patch.setattr(graders.Judge, "score", score)
         patch.setattr(grpo, "report", lambda run: None)
-        spy(patch, Attention, "forward", lambda x, *_, **__: work.append((tuple(x.shape), x.dtype)))
-        spy(patch, Attention, "forward", lambda *_, **__: mode.add(torch.are_deterministic_algorithms_enabled()))
+        spy(patch, Block, "before", lambda heads, *_, **__: work.append((tuple(heads[0].shape), heads[0].dtype)))
+        spy(patch, Block, "before", lambda *_, **__: mode.add(torch.are_deterministic_algorithms_enabled()))
         try:
             COMMANDS[command][0]()
         except UserError as caught:
