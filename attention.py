@@ -4,6 +4,7 @@ Shapes: P prompts, B rows, T new tokens, L tokens in the cache after this call, 
 H attention heads, K key-value heads, D width of a head.
 """
 
+import functools
 import inspect
 from collections.abc import Sequence
 
@@ -138,7 +139,7 @@ class Cache:
     It grows by concatenation, which autograd can follow (the scorer), or, if `share` made room, in place (the sampler).
     """
 
-    share_from = 64  # tokens of a text
+    share_from, share_fixed_from = 64, 256  # tokens of a text
 
     def __init__(self, num_layers: int):
         self.layers: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * num_layers
@@ -146,7 +147,7 @@ class Cache:
         self.key_mask: torch.Tensor | None = None  # (B, L) of what was repeated for the rows; None: all is real
         self.length = 0
         self.room = 0
-        self.place: torch.Tensor | None = None  # (1,) int64, where the next token goes if `fix` was called
+        self.place: torch.Tensor | None = None  # (1,) int64, where the next token goes, if rows are fixed
 
     def extend(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Append (B, K, T, D) keys and values to a layer and return all of the rows' own, (B, K, L, D)."""
@@ -166,17 +167,18 @@ class Cache:
         self.layers[layer] = (key, value)
         return key, value
 
-    def share(self, group: torch.Tensor, room: int = 0, key_mask: torch.Tensor | None = None) -> None:
+    def share(self, group: torch.Tensor, room: int = 0, key_mask: torch.Tensor | None = None, fixed=False) -> None:
         """Go on with rows of which `group` (B,) names the one so far that each continues.
 
         A long text stays where it is and is read once for all its rows, which halves the time of attention after 256
-        tokens that 16 rows share; a short one is repeated, which saves small operations: on a GPU, after 128 tokens, 20
-        to 30 % of decoding. `key_mask` (rows so far, L)
-        is true on real tokens; the rows get space for `room` more.
+        tokens that 16 rows share; a short one is repeated, which saves small operations: in a graph on a GPU, after 128
+        tokens, 20 to 30 % of decoding. `key_mask` (rows so far, L) is true on real tokens; the rows get space for
+        `room` more. With `fixed`, every token sees all of that space, masked, and no step depends on a number of the
+        host.
         """
         for shared in self.shared:
             shared.regroup(shared.group[group])
-        if self.length < self.share_from * (8 if room and group.is_cuda else 1):
+        if self.length < (self.share_fixed_from if fixed else self.share_from):
             self.key_mask = None if key_mask is None else key_mask[group]
             rows = Shared(len(self.layers[0][0]), group)
             repeated = [tuple(rows.repeat(x) for x in pair) for pair in self.layers]
@@ -185,17 +187,16 @@ class Cache:
         else:
             self.shared.append(Shared(len(self.layers[0][0]), group, self.layers, key_mask))
             self.layers, self.length, self.room = [None] * len(self.layers), 0, room
-
-    def fix(self, device: torch.device) -> None:
-        """From now on every token sees the whole space, masked: then no step depends on a number of the host."""
-        self.place, self.length = torch.full((1,), self.length, device=device), self.room
+        if fixed:
+            self.place = torch.full((1,), self.length, device=group.device)
 
     def visible(self) -> torch.Tensor:
-        """The mask (B or 1, 1, 1, L) of the next token after `fix`, 0 where it may look, else -inf."""
+        """The mask (B or 1, 1, 1, L) of the next token of fixed rows, 0 where it may look, else -inf."""
         seen = torch.arange(self.room, device=self.place.device) <= self.place
         if self.key_mask is not None:
             seen = seen & F.pad(self.key_mask, (0, self.room - self.key_mask.shape[1]), value=True)
-        return additive(seen.view(-1, 1, 1, self.room))
+        mask = additive(seen.view(-1, 1, 1, self.room))
+        return mask if self.layers[0] is None else mask.to(self.layers[0][0].dtype)  # once, not in every layer
 
     def advance(self, new: int) -> None:
         """Count `new` tokens, which all layers have."""
@@ -209,11 +210,12 @@ class Cache:
         for shared in self.shared:
             shared.regroup(shared.group[rows])
         self.key_mask = None if self.key_mask is None else self.key_mask[rows]
+        used = self.length if self.place is None else self.room
         for i, pair in enumerate(self.layers):
             if pair is not None:
                 self.layers[i] = tuple(buffer[: len(rows)] for buffer in pair)
                 for buffer, kept in zip(pair, self.layers[i], strict=True):
-                    kept[:, :, : self.length] = buffer[:, :, : self.length].index_select(0, rows)
+                    kept[:, :, :used] = buffer[:, :, :used].index_select(0, rows)
 
 
 def spare(count: int, device: torch.device, least: int = 64) -> int:
@@ -236,7 +238,7 @@ class Packed:
 
     def __init__(self, prompts: torch.Tensor, completions: torch.Tensor, group: torch.Tensor, common: int = 0):
         self.common, prompts = common, prompts - common
-        self.sizes = [int(prompts.sum()), int(completions.sum())]
+        self.lengths, self.sizes = (prompts, completions), [int(prompts.sum()), int(completions.sum())]
         self.rows = Shared(len(prompts), group)
         # Which slots of (P, L) and of (B, T), padded on the right, are real.
         self.real = [
@@ -244,23 +246,41 @@ class Packed:
             for lengths in (prompts, completions)
         ]
         self.slots = [None if real.all() else real.flatten().nonzero()[:, 0] for real in self.real]
-        mine = self.rows.repeat(self.real[0])  # (B, L)
-        before = mine[:, None].expand(-1, self.real[1].shape[1], -1)
-        visible = torch.cat([before, torch.ones_like(before[..., :1]).expand(-1, -1, before.shape[1]).tril()], 2)
-        self.mask, self.end_mask = additive(visible)[:, None], additive(self.real[0])[:, None, None]
-        self.prompt_mask, length = None, self.real[0].shape[1]  # None: plain causal attention
-        if common:
-            self.prompt_mask = additive(torch.ones(1, 1, length, length, dtype=torch.bool, device=group.device).tril())
-            self.texts = [Shared(1, torch.zeros_like(rows)) for rows in (prompts, group)]
-        # For `varlen`: ends of prompts, of completions, and of both together, whose real slots are `seen`.
-        self.ends = [F.pad(x.cumsum(0), (1, 0)).int() for x in (prompts, completions, prompts[group] + completions)]
-        self.seen = torch.cat([mine, self.real[1]], 1).flatten().nonzero()[:, 0]
+        self.texts = [Shared(1, torch.zeros_like(rows)) for rows in (prompts, group)] if common else []
         # The tokens that predict one: the last of each prompt, and those of the completions; then idle ones.
         self.tokens, self.asked = common + sum(self.sizes), len(prompts) + self.sizes[1]
         more = spare(self.asked, group.device)
         self.idle = more + spare(self.tokens + more, group.device)
         last = torch.arange(common + self.sizes[0], self.tokens + more, device=group.device)
         self.asking = torch.cat([common + prompts.cumsum(0) - 1, last])
+
+    @functools.cached_property
+    def mask(self) -> torch.Tensor:
+        """What completions see of their prompts and of themselves, (B, 1, T, L + T)."""
+        before = self.rows.repeat(self.real[0])[:, None].expand(-1, self.real[1].shape[1], -1)
+        own = torch.ones_like(before[..., :1]).expand(-1, -1, before.shape[1]).tril()
+        return additive(torch.cat([before, own], 2))[:, None]
+
+    @functools.cached_property
+    def end_mask(self) -> torch.Tensor:
+        """What the ends of prompts see of them, (P, 1, 1, L)."""
+        return additive(self.real[0])[:, None, None]
+
+    @functools.cached_property
+    def prompt_mask(self) -> torch.Tensor | None:
+        """What prompts see of themselves after the common tokens, (1, 1, L, L); None: plain causal attention."""
+        length = self.real[0].shape[1]
+        ones = torch.ones(1, 1, length, length, dtype=torch.bool, device=self.real[0].device)
+        return additive(ones.tril()) if self.common else None
+
+    @functools.cached_property
+    def sequences(self) -> tuple[torch.Tensor, ...]:
+        """For `varlen`: ends of prompts, of completions, and of both together, and these' real slots of (B, L + T)."""
+        prompts, completions = self.lengths
+        both = prompts[self.rows.group] + completions
+        real = torch.cat([self.rows.repeat(self.real[0]), self.real[1]], 1)
+        ends = (F.pad(lengths.cumsum(0), (1, 0)).int() for lengths in (prompts, completions, both))
+        return *ends, real.flatten().nonzero()[:, 0]
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """What queries (N, H, D), or those of `asking` (M, H, D), see of keys and values (N, K, D): like queries."""
@@ -285,12 +305,12 @@ class Packed:
 
     def varlen(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, whole: bool) -> list[torch.Tensor]:
         """The same by a kernel that sees no padding: of equal lengths 2 % of an update, 6 % of its memory."""
-        (prompts, completions, both), (longest, width) = self.ends, [real.shape[1] for real in self.real]
+        (prompts, completions, both, slots), (longest, width) = self.sequences, [real.shape[1] for real in self.real]
         count = self.sizes[0] if whole else len(prompts) - 1
         asked = (prompts, longest) if whole else (torch.arange(count + 1, device=q.device, dtype=torch.int32), 1)
         first = varlen(q[:count], k[: self.sizes[0]], v[: self.sizes[0]], asked[0], prompts, asked[1], longest)
         k, v = (torch.cat([self.rows.repeat(self.pad(x, 0)), self.pad(x, 1)], 2) for x in (k, v))
-        k, v = (x.transpose(1, 2).flatten(0, 1).index_select(0, self.seen) for x in (k, v))  # each at most once
+        k, v = (x.transpose(1, 2).flatten(0, 1).index_select(0, slots) for x in (k, v))  # each at most once
         return [first, varlen(q[count:], k, v, completions, both, width, longest + width)]
 
     def attend(self, part: int, first: list[torch.Tensor], q, k, v, mask: torch.Tensor | None) -> torch.Tensor:

@@ -227,7 +227,6 @@ def load(
         raise UserError(f"{folder / 'config.json'} names no eos_token_id, so no completion could end; add it")
     policy = TokenPolicy(model.to(device), tokenizer, temperature, ends, exploration_noise or 0.0)
     policy.dtype = choose_dtype(dtype, policy, device)
-    set_precision(policy.dtype, device)
     policy.revision = folder.name if folder.parent.name == "snapshots" else None
     set_template(policy, chat_template, thinking)
     return policy
@@ -236,12 +235,6 @@ def load(
 def choose_dtype(name: str | None, policy: Policy, device: torch.device) -> torch.dtype:
     """Of matrix products: as named, else float32, and on a GPU bfloat16 if the model is no toy."""
     return getattr(torch, name or ("bfloat16" if device.type == "cuda" and not is_toy(policy) else "float32"))
-
-
-def set_precision(dtype: torch.dtype, device: torch.device) -> None:
-    """On a GPU, products that stay float32 beside bfloat16 ones may round their factors to 10 bits: 7 times as fast."""
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "high")
 
 
 def make_ready(policy: Policy, config) -> None:

@@ -11,16 +11,14 @@ from torch import nn
 class HubCache:
     """The cache of any model of `transformers`, with `Cache`'s two verbs; what rows share is repeated for each."""
 
-    place = None  # it grows with each token
-
     def __init__(self):
         from transformers import DynamicCache
 
         self.inner = DynamicCache()
         self.key_mask: torch.Tensor | None = None  # (B, L) true on real tokens of what rows shared; None: on all
 
-    def share(self, group: torch.Tensor, room: int = 0, key_mask: torch.Tensor | None = None) -> None:
-        """See `Cache.share`; it grows by concatenation, so `room` is not needed."""
+    def share(self, group: torch.Tensor, room: int = 0, key_mask: torch.Tensor | None = None, fixed=False) -> None:
+        """See `Cache.share`; it grows by concatenation, so `room` is not needed, and it is never `fixed`."""
         self.key_mask = None if key_mask is None else self.widened(key_mask)
         self.select(group)
 

@@ -88,7 +88,8 @@ def plan(
     # Of a single chunk on a CPU only logits, log-softmax and gradient are whole, the rest is in pieces.
     alive = 3 if settings["device"].type == "cpu" and scores <= most else 4
     ours = isinstance(model, Llama)
-    shared = ours and own >= Cache.share_from  # else each row has a copy of its prompt's keys and values
+    least = Cache.share_fixed_from if settings["device"].type == "cuda" else Cache.share_from
+    shared = ours and own >= least  # else each row has a copy of its prompt's keys and values
     seen = common + (prompts if shared else rows) * own + rows * max_new_tokens
     cache = 2 * size * layers * width * seen + 5 * 4 * rows * config.vocab_size
     copy, made_ready = copy_bytes(policy, policy.dtype), low or (ours and settings["device"].type != "mps")

@@ -50,7 +50,8 @@ COMPARED = PANELS | {  # the same for a comparison, where `accuracy` gives way t
 }
 LAST = {"reward": "reward", "kl": "KL", "entropy": "entropy", "working": "shows working", "length": "length"}
 # Settings that do not make a run another experiment; `model` counts without the run's own seed in its name.
-NOT_SETTINGS = {"seed", "out", "resume", "overwrite", "dry_run", "save_every", "device", "micro_batch_tokens"}
+NOT_SETTINGS = {"seed", "out", "resume", "overwrite", "dry_run", "save_every", "device", "compile"}
+NOT_SETTINGS |= {"micro_batch_tokens"}
 # What older programs called some values of settings.
 RENAMED = {"advantage none": "centered", "advantage batch": "batch_std", "surrogate plain": "reinforce"}
 RENAMED |= {"aggregate sequence": "sequence_mean", "aggregate token": "token_mean"}
@@ -225,10 +226,8 @@ def samples_figure(groups: dict[int, list[tuple[float, str, str]]], width: int =
             ax.barh(place, 1, height=0.92, color=REWARD_COLOURS(scale(reward)))
             text = text if len(text) <= width else f"{text[: width - 1]}…"
             ax.text(0.01, place, text or "(empty)", va="center", family="monospace", fontsize=7)
-        ax.set(title=f"step {step}: mean reward {means[step]:.2f}", xlim=(0, 1))
-        ax.set(ylim=(rows - 0.5, -0.5), xticks=[], yticks=[])
-        ax.spines[:].set_visible(False)
-        ax.grid(False)
+        ax.set(title=f"step {step}: mean reward {means[step]:.2f}", xlim=(0, 1), ylim=(rows - 0.5, -0.5))
+        ax.axis("off")
     figure.colorbar(ScalarMappable(scale, REWARD_COLOURS), ax=axes, label="reward", fraction=0.02)
     question = textwrap.shorten(groups[steps[0]][0][2], 110, placeholder=" …")
     figure.suptitle(f"{rows} completions of one validation question, by reward: {question}", x=0.01, ha="left")

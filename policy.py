@@ -51,7 +51,7 @@ def most_logits(device: torch.device) -> int:
 
 
 def running(x: torch.Tensor) -> torch.Tensor:
-    """Cumulative sums of rows (B, N); of a GPU PyTorch refuses them to `--deterministic`, though these do not vary."""
+    """Cumulative sums of rows (B, N), so short that they do not vary, though of a GPU `--deterministic` refuses all."""
     if not torch.are_deterministic_algorithms_enabled():
         return x.cumsum(-1)
     torch.use_deterministic_algorithms(False)
@@ -90,20 +90,15 @@ def inverse_cdf(log_probs: torch.Tensor, uniform: torch.Tensor, block: int = 256
 def replayed(step: Callable[[], None], device: torch.device | None) -> Iterator[None]:
     """Make a step with each `next`; on a GPU, if it is given, the second is captured, and that graph replayed.
 
-    A CUDA graph launches the hundreds of kernels of a token at once, which took most of the time: 0.13 to 0.17 of it
-    is left (a model of 0.5 billion weights, 64 and 512 rows). The step as it is, the first, loads what kernels need.
+    A CUDA graph launches the hundreds of kernels of a token at once, which took most of the time: sampling takes 0.15
+    to 0.2 of it (0.5 billion weights, 64 and 512 rows). The step as it is, the first, loads what its kernels need.
     """
     step()
     yield
     if device:
-        torch.cuda.empty_cache()  # a graph has memory of its own, and cannot take what was kept for others
-        graph, now, aside = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device), torch.cuda.Stream(device)
-        aside.wait_stream(now)
-        with torch.cuda.stream(aside):
-            graph.capture_begin(capture_error_mode="thread_local")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
             step()
-            graph.capture_end()
-        now.wait_stream(aside)
         step = graph.replay
     while True:
         step()
@@ -136,6 +131,11 @@ class TokenPolicy:
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    @property
+    def captures(self) -> bool:
+        """Whether a step of decoding becomes a CUDA graph: of a Llama that is whole, on a GPU."""
+        return isinstance(self.model, Llama) and not ranks.is_sharded(self.model) and self.device.type == "cuda"
 
     def encode(self, prompts: list[str | list[dict]]) -> list[list[int]]:
         """Token ids of plain prompts, or of message lists through the chat template; raises UserError."""
@@ -255,7 +255,7 @@ class TokenPolicy:
         uniforms = uniforms if self.device.type == "mps" else uniforms.to(self.device)  # mps has no float64
         choose = (lambda log_probs, _: log_probs.argmax(-1)) if greedy else inverse_cdf
         noise = self.exploration_noise if explore and not greedy else 0.0
-        # Weights are cast once, not at each token; what is sharded is not copied, autocast keeps its casts.
+        # Weights are cast once, not at each token: by `prepacked`, or in a copy, or (sharded ones) by autocast.
         cast = can_prepack(self.model, self.dtype) or self.dtype == torch.float32 or ranks.is_sharded(self.model)
         actor = self if cast else frozen(self)
         # Inference mode saves 6 to 15 % of sampling; what is sharded, or from elsewhere, may keep tensors for training.
@@ -264,9 +264,7 @@ class TokenPolicy:
         with quiet, self.autocast(), prepacked(actor.model, len(group), self.dtype):
             cache = actor.model.new_cache()
             hidden, key_mask = actor.prefill(packed, cache)  # (P, C)
-            cache.share(group, max_new_tokens - 1, key_mask)
-            if own and self.device.type == "cuda":
-                cache.fix(self.device)
+            cache.share(group, max_new_tokens - 1, key_mask, fixed=self.captures)
             decoded = actor.decode(hidden[group], cache, packed.prompt_mask.sum(1)[group], uniforms, choose, noise)
         width = int(decoded[1].sum(1).max())
         actions, mask, logp = (x[:, :width].clone() for x in decoded)  # ordinary tensors, which autograd takes
@@ -303,7 +301,7 @@ class TokenPolicy:
         `hidden` (B, C) predicts the first token, which stands at `positions` (B,); `choose` turns log-probabilities
         (rows, V) and uniforms (rows,) into tokens. Ended rows are dropped from the batch, a tenth of it at a time; on a
         CPU a few stay, by `spare`; on a GPU, which would have to wait for the count, only every eighth token looks, and
-        half of the batch goes at a time, since its graph is captured again. All of a step happens in place, for it.
+        where a graph has to be captured again half of the batch goes at a time. For it a step changes all in place.
         """
         actions = torch.full(uniforms.shape, self.pad_id, device=self.device)
         mask = torch.zeros_like(actions, dtype=torch.bool)
@@ -312,15 +310,13 @@ class TokenPolicy:
         rows = torch.arange(len(actions), device=self.device)  # the rows that are still in the batch
         going = torch.ones_like(rows, dtype=torch.bool)  # those of them that have not ended
         token, t = torch.zeros_like(rows), torch.zeros_like(rows[:1])
-        on_gpu = self.device.type == "cuda"
-        of_graphs = self.device if on_gpu and cache.place is not None else None
-        look_every = self.look_every or (8 if on_gpu else 1)
+        of_graphs = self.device if self.captures else None
+        look_every = self.look_every or (8 if self.device.type == "cuda" else 1)
         drop_below = (0.5 if of_graphs else 0.9) if self.drop_below is None else self.drop_below
 
         def draw(hidden: torch.Tensor) -> None:
             distribution = log_distribution(self.logits(hidden), self.temperature, noise)
-            here = (x.to(uniforms.device) for x in (rows, t))
-            token.copy_(choose(distribution, uniforms[*here]))
+            token.copy_(choose(distribution, uniforms[rows.to(uniforms.device), t.to(uniforms.device)]))
             actions[rows, t], mask[rows, t] = token, going
             logp[rows, t] = distribution.gather(1, token[:, None])[:, 0]
             going.logical_and_((token[:, None] != ends).all(1))
@@ -341,6 +337,7 @@ class TokenPolicy:
             if left < drop_below * len(going):
                 keep = going.byte().argsort(descending=True, stable=True)[:left].sort()[0]
                 rows, token, positions, going = (x[keep] for x in (rows, token, positions, going))
+                steps = None  # and so the graph's memory
                 cache.select(keep)
                 steps = replayed(step, of_graphs)
             next(steps)
@@ -406,12 +403,15 @@ class TokenPolicy:
         """Logits (..., V) of hidden states (..., C), float32 or wider, the output layer's product included.
 
         What this product loses in bfloat16 sets sampler and scorer apart (MiniMax-M1, arXiv 2506.13585, section 3.2).
+        On a GPU, beside bfloat16, its factors keep 10 bits (TF32; bfloat16 has 7), which is 7 times as fast as all 23.
         """
         with torch.autocast(self.device.type, enabled=False):
             return self.model.logits(hidden.to(torch.promote_types(hidden.dtype, torch.float32)))
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Matrix products in `dtype`; weights stay as they are, and logits and all that follows are float32."""
+        if self.device.type == "cuda":  # for the backward pass that follows, too
+            torch.set_float32_matmul_precision("highest" if self.dtype == torch.float32 else "high")
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         kept = not (ranks.is_sharded(self.model) and torch.is_grad_enabled())  # casts, which would be of all weights

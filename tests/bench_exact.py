@@ -53,9 +53,8 @@ def changes(policy, rollout, key: tuple) -> dict[str, float]:
         found["prompts shared while decoding"] = (rollout.sampler_logp - sampled()).abs().max()
     share = attention.Cache.share
 
-    def fix(cache, group, *more):
-        share(cache, group, *more)
-        cache.fix(group.device)
+    def fix(cache, group, *more, fixed=False):
+        share(cache, group, *more, fixed=True)
 
     with mock.patch.object(attention.Cache, "share", fix):
         found["a cache of one length, as graphs need it"] = (rollout.sampler_logp - sampled()).abs().max()

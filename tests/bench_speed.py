@@ -149,7 +149,6 @@ def make_policy(setting: Setting, args: argparse.Namespace, device: torch.device
         model, tokenizer = loaded.model.to(device), loaded.tokenizer
     policy = (DrawnLengths if setting.shortest else IdsPolicy)(model, tokenizer)
     policy.dtype = getattr(torch, dtype)
-    checkpoints.set_precision(policy.dtype, device)
     if setting.shortest:
         policy.lengths = drawn_lengths(setting)
     else:

@@ -28,7 +28,7 @@ FLOORS = {  # file: its floor, the most lines it may have; the first drawing's n
     "model_hub.py": (1, 119),  # not drawn: checkpoints.py was full
     "model_toy.py": (1, 325),  # 400
     "linear.py": (0, 105),  # not drawn: model_toy.py was full
-    "attention.py": (0, 320),  # not drawn: model_toy.py had become 530 lines
+    "attention.py": (0, 340),  # not drawn: model_toy.py had become 530 lines
     "plot_metrics.py": (1, 492),  # 450
 }
 

@@ -103,9 +103,8 @@ def test_rows_that_share_a_cache(pair, share_from, room):
         cache = Cache(ours.config.num_hidden_layers)
         cache.share_from = share_from
         ours(ids[:, :6], positions[:, :6], cache, mask[:, :6])
-        cache.share(group, abs(room), mask[:, :6])
-        if room < 0:  # as a CUDA graph needs it: tokens of their own each
-            cache.fix(ids.device)
+        cache.share_fixed_from = share_from
+        cache.share(group, abs(room), mask[:, :6], fixed=room < 0)  # as a CUDA graph needs it: one token at a time
         parts = [(6, 9)] if room >= 0 else [(6, 7), (7, 8), (8, 9)]
         for start, end in [*parts, (9, 10), (10, 11), (11, 12)]:
             hidden = ours(whole[rows, start:end], places[rows, start:end], cache)

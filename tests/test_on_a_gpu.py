@@ -2,18 +2,25 @@
 
 import contextlib
 import functools
+import signal
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
 from test_oracle_sampler import sample
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import attention
 import checkpoints
 import linear
 import model_toy
 import policy as policies
+import ranks
+import runs
 from commands import UserError
+from tasks import Example
 
 GPU = torch.device("cuda")
 
@@ -28,25 +35,80 @@ def grouped(random_policy):
     return policy, rollout
 
 
-@pytest.mark.parametrize("share_from", [1, 64], ids=["shared", "repeated"])
-def test_the_sampler_draws_the_same_with_a_fixed_cache(grouped, share_from, monkeypatch):
-    policy, rollout = grouped
-    fixed, share = [], attention.Cache.share
+class Tape(TorchDispatchMode):
+    """The operations of a step, to be repeated on the memory that they used: what a CUDA graph does, but for speed."""
 
-    def fix(cache, group, room=0, key_mask=None):
-        share(cache, group, room, key_mask)
-        if room:
-            cache.fix(group.device)
-            fixed.append(cache)
+    def __init__(self):
+        super().__init__()
+        self.operations = []
 
-    monkeypatch.setattr(attention.Cache, "share", fix)
-    monkeypatch.setattr(attention.Cache, "share_from", share_from)
-    again = sample(policy, group_size=6)
-    assert again.completion_ids == rollout.completion_ids
-    torch.testing.assert_close(again.sampler_logp, rollout.sampler_logp, rtol=0, atol=1e-5)
-    (cache,) = fixed
-    last = rollout.mask.sum(1).max() - 1  # it is no input
-    assert cache.place == last + (0 if share_from == 1 else rollout.prompts.shape[1])
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        assert "_local_scalar_dense" not in str(function) and "nonzero" not in str(function), "the host has to wait"
+        out = function(*arguments, **(named or {}))
+        self.operations.append((function, arguments, named or {}, tensors(out)))
+        return out
+
+    def replay(self):
+        for function, arguments, named, made in self.operations:
+            known = {x.untyped_storage().data_ptr() for x in tensors((arguments, named))}
+            for old, new in zip(made, tensors(function(*arguments, **named)), strict=True):
+                if old.untyped_storage().data_ptr() not in known:
+                    old.copy_(new)
+
+
+def tensors(values) -> list[torch.Tensor]:
+    return [x for x in tree_leaves(values) if torch.is_tensor(x)]
+
+
+@pytest.mark.parametrize("common", [False, True], ids=["different", "common"])
+@pytest.mark.parametrize("share_from", [1, 256], ids=["shared", "repeated"])
+def test_a_step_that_is_repeated_on_its_memory_draws_the_same(random_policy, share_from, common, monkeypatch):
+    """With rows that are dropped and a new tape on the way, under noise; a step reads no number from the device."""
+    policy = random_policy(end="12", num_key_value_heads=1, temperature=0.8, max_position_embeddings=256)
+    policy.exploration_noise = 0.1
+    examples = [Example("1234567890" * 8 * common + text) for text in ("1+2", "(", "3*4=", "7")]
+    expected = sample(policy, examples, group_size=8, length=40)
+    tapes, kept = [], [32]
+
+    def taped(step, device):
+        assert device == policy.device
+        step()
+        yield
+        tapes.append(Tape())
+        with tapes[-1]:
+            step()
+        yield
+        while True:
+            tapes[-1].replay()
+            yield
+
+    cache = policy.model.new_cache()
+    cache.share_fixed_from, select = share_from, cache.select
+    monkeypatch.setattr(cache, "select", lambda rows: kept.append(len(rows)) or select(rows))
+    monkeypatch.setattr(policy.model, "new_cache", lambda: cache)
+    monkeypatch.setattr(policies.TokenPolicy, "captures", True)
+    monkeypatch.setattr(policies, "replayed", taped)
+    policy.look_every = 8
+    again = sample(policy, examples, group_size=8, length=40)
+    assert again.completion_ids == expected.completion_ids
+    torch.testing.assert_close(again.sampler_logp, expected.sampler_logp, rtol=0, atol=1e-5)
+    assert len(tapes) == len(kept) > 2 and all(2 * now <= before for before, now in pairwise(kept))
+    own = expected.prompts.shape[1] - 80 * common
+    assert cache.room == 39 + own * (share_from > 1) and len(cache.shared) == common + (share_from == 1)
+    monkeypatch.undo()
+    monkeypatch.setattr(policies.TokenPolicy, "captures", True)
+    monkeypatch.setattr(policies, "replayed", taped)
+    for length in (1, 2, 3):
+        expected = sample(policy, examples, group_size=2, length=length)
+        assert expected.actions.shape == (8, length)
+
+
+def test_whose_steps_become_graphs(random_policy):
+    captures = policies.TokenPolicy.captures.fget
+    llama = random_policy().model
+    assert captures(SimpleNamespace(model=llama, device=GPU))
+    assert not captures(SimpleNamespace(model=llama, device=torch.device("cpu")))
+    assert not captures(SimpleNamespace(model=torch.nn.Identity(), device=GPU))
 
 
 def test_a_graph_is_replayed_for_each_step_after_the_first_two(monkeypatch):
@@ -54,18 +116,17 @@ def test_a_graph_is_replayed_for_each_step_after_the_first_two(monkeypatch):
     events, state = [], {"capturing": False}
 
     class Graph:
-        def capture_begin(self, capture_error_mode):
-            state["capturing"] = True
-
-        def capture_end(self):
-            state["capturing"] = False
-
         def replay(self):
             events.append("replayed")
 
-    cuda = {"CUDAGraph": Graph, "empty_cache": lambda: None, "stream": lambda _: contextlib.nullcontext()}
-    stream = SimpleNamespace(wait_stream=lambda _: None)
-    for name, fake in (cuda | dict.fromkeys(("current_stream", "Stream"), lambda _: stream)).items():
+    @contextlib.contextmanager
+    def capture(graph, capture_error_mode):
+        assert isinstance(graph, Graph) and capture_error_mode == "thread_local"  # other threads may use the GPU
+        state["capturing"] = True
+        yield
+        state["capturing"] = False
+
+    for name, fake in {"CUDAGraph": Graph, "graph": capture, "device": contextlib.nullcontext}.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     steps = policies.replayed(lambda: events.append("captured" if state["capturing"] else "made"), GPU)
     for _ in range(4):
@@ -93,17 +154,25 @@ def by_row(q, k, v, q_ends, k_ends, longest_q, longest_k):
     return torch.cat(seen)
 
 
-def test_scoring_by_sequences_without_padding_is_scoring_by_padded_rows(grouped, monkeypatch):
+@pytest.mark.parametrize("case", ["ragged", "common", "single tokens"])
+def test_scoring_by_sequences_without_padding_is_scoring_by_padded_rows(grouped, case, monkeypatch):
+    """Where prompts begin alike, or no completion has a token that is an input, rows are padded as on a CPU."""
     policy, rollout = grouped
-    found = []
+    if case == "common":
+        policy = policies.TokenPolicy(policy.model, policy.tokenizer, end_ids=policy.end_ids)
+        rollout = sample(policy, [Example("1234567890" * 8 + text) for text in ("1+2", "3")])
+        assert rollout.common == 80
+    elif case == "single tokens":
+        rollout = sample(policy, length=1)
+    found, used = [], []
     for _ in ("padded", "varlen"):
         policy.model.zero_grad()
         logp, _ = policy.log_probs(rollout)
         (logp * torch.linspace(-1, 1, logp.numel()).view_as(logp)).sum().backward()
         found.append([logp.detach(), *(weight.grad.clone() for weight in policy.model.parameters())])
         monkeypatch.setattr(attention, "has_varlen", lambda q: True)
-        monkeypatch.setattr(attention, "varlen", by_row)
-        monkeypatch.setattr(attention.Packed, "padded", lambda *_: pytest.fail("rows were padded"))
+        monkeypatch.setattr(attention, "varlen", lambda *given: used.append(given) or by_row(*given))
+    assert bool(used) == (case == "ragged")
     for ours, expected in zip(*found[::-1], strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=5e-5)
 
@@ -130,7 +199,8 @@ def test_the_kernel_without_padding_gets_causal_grouped_heads(monkeypatch):
 @pytest.mark.parametrize(
     ("dtype", "width", "capability", "there"),
     [
-        (torch.bfloat16, 64, (9, 0), True),
+        (torch.bfloat16, 64, (8, 0), True),
+        (torch.float16, 256, (9, 0), True),
         (torch.float32, 64, (9, 0), False),
         (torch.bfloat16, 20, (9, 0), False),
         (torch.bfloat16, 264, (9, 0), False),
@@ -157,11 +227,14 @@ def test_weights_are_held_ready_on_a_gpu():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_float32_products_are_rounded_on_a_gpu_beside_bfloat16_ones_only(dtype, monkeypatch):
-    said = []
+    """Each time that a policy computes, since another one may have other products."""
+    said, here = [], SimpleNamespace(device=torch.device("cpu"), dtype=dtype, model=None)
     monkeypatch.setattr(torch, "set_float32_matmul_precision", said.append)
-    checkpoints.set_precision(dtype, torch.device("cpu"))
+    policies.TokenPolicy.autocast(here)
     assert said == []
-    checkpoints.set_precision(dtype, GPU)
+    here.device = GPU
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: None)
+    policies.TokenPolicy.autocast(here)
     assert said == ["high" if dtype == torch.bfloat16 else "highest"]
 
 
@@ -181,8 +254,9 @@ def test_compiled_blocks_compute_the_same(grouped, monkeypatch):
     expected, _ = policy.log_probs(rollout)
     for part in ("before", "after"):
         monkeypatch.setattr(model_toy.Block, part, getattr(model_toy.Block, part))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     model_toy.compile_blocks()
-    assert compiled == ["before", "after"]
+    assert compiled == ["before", "after"] and torch._dynamo.config.recompile_limit == 64
     logp, _ = policy.log_probs(rollout)
     torch.testing.assert_close(logp, expected, rtol=0, atol=1e-5)
     logp.sum().backward()
@@ -208,6 +282,19 @@ def test_what_can_be_compiled(problem, random_policy, monkeypatch):
         assert called == []
     make_ready(SimpleNamespace(**settings | {"compile": False, "gradient_checkpointing": False}))
     assert called == [True] * (problem == "none") and not policy.model.checkpointing
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+def test_a_rank_saves_at_a_signal_unless_a_graph_is_being_captured(capturing, monkeypatch):
+    """Since then nothing can be read from the GPU; the end of the step saves as well."""
+    done, run = [], SimpleNamespace(busy=False, policy=SimpleNamespace(model=None))
+    run.save, run.say = lambda: done.append("saved"), lambda *_, **__: done.append("said")
+    run.restore_handlers, run.heed = lambda: None, lambda: done.append("heeded")
+    monkeypatch.setattr(ranks, "WORLD", 2)
+    monkeypatch.setattr(ranks, "is_sharded", lambda _: False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    runs.Run.interrupt(run, signal.SIGINT, None)
+    assert done == ["said", *["saved"] * (not capturing), "heeded"]
 
 
 def test_deterministic_runs_can_draw_on_a_gpu(monkeypatch):
