@@ -184,7 +184,8 @@ class Run:
         self.restore_handlers()
         if self.busy or ranks.WORLD > 1:  # ranks stop together, at the end of a step
             self.say("finishing the step, then saving; once more stops at once", file=sys.stderr)
-        capturing = torch.cuda.is_current_stream_capturing()  # when nothing can be read from a GPU
+        # While a graph is captured nothing can be read from a GPU.
+        capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
         if ranks.WORLD > 1 and not self.busy and not ranks.is_sharded(self.policy.model) and not capturing:
             self.save()  # lest whoever sent the signal does not wait for the end of the step
         self.heed()

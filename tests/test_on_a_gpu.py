@@ -292,6 +292,7 @@ def test_a_rank_saves_at_a_signal_unless_a_graph_is_being_captured(capturing, mo
     run.restore_handlers, run.heed = lambda: None, lambda: done.append("heeded")
     monkeypatch.setattr(ranks, "WORLD", 2)
     monkeypatch.setattr(ranks, "is_sharded", lambda _: False)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     runs.Run.interrupt(run, signal.SIGINT, None)
     assert done == ["said", *["saved"] * (not capturing), "heeded"]
