@@ -139,7 +139,7 @@ class Cache:
     It grows by concatenation, which autograd can follow (the scorer), or, if `share` made room, in place (the sampler).
     """
 
-    share_from, share_fixed_from = 64, 256  # tokens of a text
+    share_from, share_fixed_from = 64, 256  # tokens from which a text is shared, not repeated
 
     def __init__(self, num_layers: int):
         self.layers: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * num_layers
@@ -232,8 +232,8 @@ class Packed:
 
     A prompt sees itself, a completion its own prompt and itself. What all prompts begin with, `common` tokens, stands
     before all else, once. `prompts` (P,) and `completions` (B,) are numbers of tokens, `group` (B,) names the prompt of
-    each completion. Only here, between projections, do rows have one width. The last `idle` tokens see nothing, and
-    nothing sees them: see `spare`.
+    each completion. Only here do rows have one width, and not where `has_varlen`. The last `idle` tokens see nothing,
+    and nothing sees them: see `spare`.
     """
 
     def __init__(self, prompts: torch.Tensor, completions: torch.Tensor, group: torch.Tensor, common: int = 0):

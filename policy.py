@@ -112,7 +112,7 @@ class TokenPolicy:
     """
 
     look_every: int | None = None  # tokens between two looks for ended rows; None: 8 on a GPU, else 1
-    drop_below: float | None = None  # compact the batch once fewer rows than this would stay; None: 0.9, or 0.5
+    drop_below: float | None = None  # compact the batch once fewer rows than this would stay; None: 0.9, of a graph 0.5
     chunk_logits: int | None = None  # most logits at once while scoring; None: a 64th of the memory, in float32
     dtype = torch.float32  # of the matrix products
     revision: str | None = None  # of a model of the hub
@@ -337,7 +337,7 @@ class TokenPolicy:
             if left < drop_below * len(going):
                 keep = going.byte().argsort(descending=True, stable=True)[:left].sort()[0]
                 rows, token, positions, going = (x[keep] for x in (rows, token, positions, going))
-                steps = None  # and so the graph's memory
+                steps = None  # gives back the memory of its graph
                 cache.select(keep)
                 steps = replayed(step, of_graphs)
             next(steps)
