@@ -29,7 +29,7 @@ class Plan:
         """Bytes at the larger of the two moments: sampling, and update (gradients, activations, logits)."""
         size = {name: number for name, (number, _) in self.parts.items()}
         kept = size["process"] + size["weights"] + size["optimizer"] + size["reference"] + size["samplers"]
-        return kept + max(size["sampling"], size["gradients"] + size["activations"] + size["logits"])
+        return kept + max(size["sampling"], sum(size[name] for name in ("gradients", "activations", "gaps", "logits")))
 
     def table(self) -> str:
         lines = [f"{name:<12} {number / 1e9:8.2f} GB   {flag}" for name, (number, flag) in self.parts.items()]
@@ -37,7 +37,7 @@ class Plan:
         lines += [f"{'peak, about':<12} {self.peak / 1e9:8.2f} GB   free on the device: {have}"]
         lines += [f"{'a step':<12} {self.operations / 1e12:8.2f} tera floating-point operations at full length"]
         if self.device_bytes is not None and self.peak > self.device_bytes:
-            _, (number, flag) = max(self.parts.items(), key=lambda part: part[1][0])
+            _, flag = max(part for name, part in self.parts.items() if name != "process")
             lines.append(f"does not fit: begin with the largest part, {flag}")
         return "\n".join(lines)
 
@@ -58,55 +58,72 @@ def copy_bytes(policy: TokenPolicy, dtype: torch.dtype) -> int:
 
 
 def plan(
-    policy: TokenPolicy, rows: int, prompts: int, prompt_tokens: int, max_new_tokens: int, common: int = 0, **settings
-) -> Plan:
+    policy: TokenPolicy, rows: int, prompts: int, prompt_tokens: int, max_new_tokens: int, common: int = 0, *,
+    micro_batch_tokens: int, inner_updates: int, reference: int, samplers: list[torch.dtype], device: torch.device,
+) -> Plan:  # fmt: skip
     """The memory and work of a step of `rows` completions of `prompts` prompts, at full length.
 
-    All prompts begin with the same `common` tokens. `settings`: micro_batch_tokens, inner_updates, reference (how many
-    frozen copies), samplers (the dtype of each), device. Counted is what a packed Llama keeps for the backward pass of
-    its largest micro-batch: seven vectors of the hidden size and four of the intermediate size for each token and
-    layer, and the padded queries, keys, values and scores of its attention.
+    All prompts begin with the same `common` tokens; `reference` frozen copies, and `samplers`, the dtype of each.
     """
-    model, config = policy.model, policy.model.config
-    low, layers, hidden = policy.dtype != torch.float32, config.num_hidden_layers, config.hidden_size
+    model, config, low = policy.model, policy.model.config, policy.dtype != torch.float32
     weights, size = sum(weight.numel() for weight in model.parameters()), 2 if low else 4
-    inner, heads = getattr(config, "intermediate_size", None) or 4 * hidden, config.num_attention_heads
-    width = getattr(config, "head_dim", None) or hidden // heads
-    width *= getattr(config, "num_key_value_heads", None) or heads
-    group, own, budget = rows // prompts, prompt_tokens - common, settings["micro_batch_tokens"] - common
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width *= getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    group, own, budget = rows // prompts, prompt_tokens - common, micro_batch_tokens - common
     # The largest micro-batch: whole groups, or as much of one as fits.
     groups = min(prompts, max(0, budget) // (own + group * max_new_tokens))
-    batch = groups * group or min(group, max(1, budget // (own + max_new_tokens)))
-    before = common + max(1, groups) * own  # tokens of its prompts
-    tokens = before + batch * max_new_tokens
-    layer = tokens * (28 * hidden + 4 * inner * size) + 4 * before * hidden * size
-    scored = own + max_new_tokens + 2 * common  # numbers kept for each query and head: scores, once more if folded
-    layer += batch * size * (2 * (own + max_new_tokens) * hidden + max_new_tokens * (hidden + heads * scored))
-    kept = layers * tokens * hidden * 4 + layer if model.checkpointing else layers * layer
+    batch = groups * group or min(group, max(1, (budget - own) // max_new_tokens))
+    activations, heap = activation_bytes(policy, max(1, groups), batch, own, max_new_tokens, common)
     whole, scores = getattr(model, "full_logits", False), batch * max_new_tokens * config.vocab_size
-    most = scores if whole else policy.chunk_logits or most_logits(settings["device"])
+    most = scores if whole else policy.chunk_logits or most_logits(device)
     # Of a single chunk on a CPU only logits, log-softmax and gradient are whole, the rest is in pieces.
-    alive = 3 if settings["device"].type == "cpu" and scores <= most else 4
+    alive = 3 if device.type == "cpu" and scores <= most else 4
     ours = isinstance(model, Llama)
-    least = Cache.share_fixed_from if settings["device"].type == "cuda" else Cache.share_from
+    least = Cache.share_fixed_from if device.type == "cuda" else Cache.share_from
     shared = ours and own >= least  # else each row has a copy of its prompt's keys and values
     seen = common + (prompts if shared else rows) * own + rows * max_new_tokens
-    cache = 2 * size * layers * width * seen + 5 * 4 * rows * config.vocab_size
-    copy, made_ready = copy_bytes(policy, policy.dtype), low or (ours and settings["device"].type != "mps")
+    cache = 2 * size * config.num_hidden_layers * width * seen + 5 * 4 * rows * config.vocab_size
+    copy, made_ready = copy_bytes(policy, policy.dtype), low or (ours and device.type != "mps")
+    # On a CPU passes of several sizes leave gaps in the heap, about half of what the largest keeps there.
+    gaps = heap / 2 if device.type == "cpu" and batch < rows else 0.0
     parts = {
-        "process": (own_bytes(settings["device"]), "Python and its libraries"),
+        # The first step on a CPU adds 0.2 GB, whatever the model: kernels that oneDNN makes, threads.
+        "process": (own_bytes(device) + 2e8 * (device.type == "cpu"), "Python and its libraries"),
         "weights": (4 * weights, "a smaller --model"),
         "optimizer": (8 * weights, "a smaller --model"),
-        "reference": (copy * settings["reference"], "--dtype bfloat16, or --beta 0"),
-        "samplers": (sum(copy_bytes(policy, dtype) for dtype in settings["samplers"]), "a smaller --rollout-lag"),
+        "reference": (copy * reference, "--dtype bfloat16, or --beta 0"),
+        "samplers": (sum(copy_bytes(policy, dtype) for dtype in samplers), "a smaller --rollout-lag"),
         "sampling": (cache + copy * made_ready, "--batch-size, --num-generations or --max-new-tokens"),
         "gradients": ((6 if low else 4) * weights, "a smaller --model"),  # bfloat16: with autocast's copies
-        "activations": (kept + 3 * tokens * inner * size, "--gradient-checkpointing, then --micro-batch-tokens"),
+        "activations": (activations, "--gradient-checkpointing, then --micro-batch-tokens"),
+        "gaps": (gaps, "--micro-batch-tokens"),
         "logits": (4 * alive * min(most, scores), "--micro-batch-tokens" if whole else "bounded by chunks"),
     }
-    passes = 2 + 2 * settings["reference"] + (8 if model.checkpointing else 6) * settings["inner_updates"]
+    passes = 2 + 2 * reference + (8 if model.checkpointing else 6) * inner_updates
     work = weights * passes * (common + prompts * own + rows * max_new_tokens)
-    return Plan(parts, work, free_bytes(settings["device"]))
+    return Plan(parts, work, free_bytes(device))
+
+
+def activation_bytes(
+    policy: TokenPolicy, prompts: int, rows: int, own: int, new: int, common: int
+) -> tuple[float, float]:
+    """What a packed Llama keeps for the backward pass of a micro-batch, and how much of it in tensors below 32 MB.
+
+    Seven vectors of the hidden size and four of the intermediate size for each token and layer, and the padded queries,
+    keys, values and scores of attention; of `prompts` with `own` tokens after the `common` ones, and `rows` of `new`.
+    """
+    config, size = policy.model.config, 4 if policy.dtype == torch.float32 else 2
+    layers, hidden, heads = config.num_hidden_layers, config.hidden_size, config.num_attention_heads
+    inner, before = getattr(config, "intermediate_size", None) or 4 * hidden, common + prompts * own
+    tokens = before + rows * new
+    vectors = [4 * hidden] * 7 + [inner * size] * 4  # bytes of a token
+    layer = tokens * sum(vectors) + 4 * before * hidden * size
+    scored = own + new + 2 * common  # numbers kept for each query and head: scores, once more if folded
+    layer += rows * size * (2 * (own + new) * hidden + new * (hidden + heads * scored))
+    kept = layers * tokens * hidden * 4 + layer if policy.model.checkpointing else layers * layer
+    kept += 3 * tokens * inner * size
+    # glibc gives larger ones a mapping of their own, see `keep_memory`.
+    return kept, kept * sum(vector for vector in vectors if tokens * vector < 2**25) / sum(vectors)
 
 
 def own_bytes(device: torch.device) -> float:
@@ -118,12 +135,13 @@ def own_bytes(device: torch.device) -> float:
 
 
 def free_bytes(device: torch.device) -> float | None:
-    """Bytes that are free on a device, or None where it does not say."""
+    """Bytes that a device has for this process, what it holds already included, or None where that is not known."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     try:
-        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (AttributeError, OSError, ValueError):  # not Linux
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return 1024.0 * int(lines["MemAvailable"].split()[0]) + own_bytes(device)
+    except (OSError, KeyError, ValueError):  # not Linux
         return None
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import sys
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ import commands
 import grpo
 import grpo_run
 import inference
+import plan as planner
 import rewards
 import runs
 import sft
@@ -525,8 +527,15 @@ def test_the_dry_run_counts_what_is_there_and_writes_nothing(shared_data, tmp_pa
         estimate.peak - less.peak
         == size["activations"] - less.parts["activations"][0] + size["process"] - less.parts["process"][0]
     )
+    assert size["gaps"] == 0  # all in one pass
+    parts = plan(policy, 8, 2, 10, 20, **settings | {"micro_batch_tokens": 90}).parts
+    assert parts["gaps"][0] == parts["activations"][0] / 2 > 0
     small = dataclasses.replace(estimate, device_bytes=estimate.peak - 1)
     assert "does not fit" in small.table() and "does not fit" not in estimate.table()
+    assert "Python" not in small.table().splitlines()[-1]  # which no flag makes smaller
+    monkeypatch.setattr(planner, "own_bytes", lambda device: 1e15)
+    installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0 < planner.free_bytes(CPU) - 1e15 <= installed  # what this process holds is not missing
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "phi3"])
