@@ -20,7 +20,8 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Ten
     """
     if q.shape[1] > k.shape[1] and q.shape[2] > 1:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    rows, mask = q.view(len(q), k.shape[1], -1, q.shape[3]), None if mask is None else mask.to(q.dtype)
+    rows = q.view(len(q), k.shape[1], -1, q.shape[3])
+    mask = None if mask is None else mask.to(q.dtype)
     if is_written_out(q, k, mask):
         scores = scored(rows * rows.shape[-1] ** -0.5, k)
         return ((scores if mask is None else scores + mask).softmax(-1) @ v).view(q.shape)
@@ -84,7 +85,7 @@ class Shared:
         self.regroup(group)
 
     def regroup(self, group: torch.Tensor) -> None:
-        """Take other rows; if their numbers differ, each text gets as many slots as the one with the most rows."""
+        """Take other rows. Each text gets as many slots as the one with the most rows, so some may stay empty."""
         sizes = torch.bincount(group, minlength=self.count)
         self.group, self.shape = group, (len(sizes), int(sizes.max()))
         order, within = group.argsort(stable=True), torch.empty_like(group)
@@ -126,7 +127,8 @@ def attention_with(texts: list[tuple], q, k, v, mask: torch.Tensor | None) -> to
         scores.append(text.unfold(score if text.mask is None else score + text.mask.to(score.dtype)))
     own = scored(rows, k)
     scores.append(own if mask is None else own + mask.repeat(1, 1, heads[1], 1).to(own.dtype))
-    weights = torch.cat(scores, -1).softmax(-1, torch.float32).to(v.dtype).split([x.shape[-1] for x in scores], -1)
+    wide = torch.promote_types(v.dtype, torch.float32)
+    weights = torch.cat(scores, -1).softmax(-1, wide).to(v.dtype).split([x.shape[-1] for x in scores], -1)
     seen = weights[-1] @ v
     for (text, _, value), weight in zip(texts, weights, strict=False):
         seen = seen + text.unfold(text.fold(weight) @ value)
@@ -151,21 +153,20 @@ class Cache:
 
     def extend(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Append (B, K, T, D) keys and values to a layer and return all of the rows' own, (B, K, L, D)."""
-        if self.room:
-            if self.layers[layer] is None:
-                self.layers[layer] = tuple(x.new_zeros(*x.shape[:2], self.room, x.shape[3]) for x in (key, value))
-            if self.place is not None:
-                for buffer, new in zip(self.layers[layer], (key, value), strict=True):
-                    buffer.index_copy_(2, self.place, new)
-                return self.layers[layer]
-            end = self.length + key.shape[2]
-            for buffer, new in zip(self.layers[layer], (key, value), strict=True):
+        if not self.room:
+            if self.layers[layer] is not None:
+                key, value = (torch.cat(pair, 2) for pair in zip(self.layers[layer], (key, value), strict=True))
+            self.layers[layer] = (key, value)
+            return key, value
+        if self.layers[layer] is None:
+            self.layers[layer] = tuple(x.new_zeros(*x.shape[:2], self.room, x.shape[3]) for x in (key, value))
+        end = self.length + key.shape[2] if self.place is None else self.room
+        for buffer, new in zip(self.layers[layer], (key, value), strict=True):
+            if self.place is None:
                 buffer[:, :, self.length : end] = new
-            return tuple(buffer[:, :, :end] for buffer in self.layers[layer])
-        if self.layers[layer] is not None:
-            key, value = (torch.cat(pair, 2) for pair in zip(self.layers[layer], (key, value), strict=True))
-        self.layers[layer] = (key, value)
-        return key, value
+            else:
+                buffer.index_copy_(2, self.place, new)
+        return tuple(buffer[:, :, :end] for buffer in self.layers[layer])
 
     def share(self, group: torch.Tensor, room: int = 0, key_mask: torch.Tensor | None = None, fixed=False) -> None:
         """Go on with rows of which `group` (B,) names the one so far that each continues.
@@ -173,8 +174,7 @@ class Cache:
         A long text stays where it is and is read once for all its rows, which halves the time of attention after 256
         tokens that 16 rows share; a short one is repeated, which saves small operations: in a graph on a GPU, after 128
         tokens, 20 to 30 % of decoding. `key_mask` (rows so far, L) is true on real tokens; the rows get space for
-        `room` more. With `fixed`, every token sees all of that space, masked, and no step depends on a number of the
-        host.
+        `room` more. With `fixed`, every token sees all of that space, masked: no step depends on a number of the host.
         """
         for shared in self.shared:
             shared.regroup(shared.group[group])
@@ -183,7 +183,7 @@ class Cache:
             rows = Shared(len(self.layers[0][0]), group)
             repeated = [tuple(rows.repeat(x) for x in pair) for pair in self.layers]
             self.layers = [tuple(F.pad(x, (0, 0, 0, room)) for x in pair) for pair in repeated]
-            self.room = room and self.length + room
+            self.room = self.length + room if room else 0
         else:
             self.shared.append(Shared(len(self.layers[0][0]), group, self.layers, key_mask))
             self.layers, self.length, self.room = [None] * len(self.layers), 0, room
@@ -269,9 +269,8 @@ class Packed:
     @functools.cached_property
     def prompt_mask(self) -> torch.Tensor | None:
         """What prompts see of themselves after the common tokens, (1, 1, L, L); None: plain causal attention."""
-        length = self.real[0].shape[1]
-        ones = torch.ones(1, 1, length, length, dtype=torch.bool, device=self.real[0].device)
-        return additive(ones.tril()) if self.common else None
+        length, device = self.real[0].shape[1], self.real[0].device
+        return torch.full((1, 1, length, length), -torch.inf, device=device).triu(1) if self.common else None
 
     @functools.cached_property
     def sequences(self) -> tuple[torch.Tensor, ...]:
@@ -284,9 +283,9 @@ class Packed:
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """What queries (N, H, D), or those of `asking` (M, H, D), see of keys and values (N, K, D): like queries."""
-        whole, rows = len(q) == len(k), len(q)
+        rows, whole = len(q), (len(q) == len(k))  # whole: every token asks
         q, k, v = q[: self.tokens if whole else self.asked], k[: self.tokens], v[: self.tokens]
-        see = self.varlen if has_varlen(q) and not self.common and self.sizes[1] else self.padded
+        see = self.unpadded if has_varlen(q) and not self.common and self.sizes[1] else self.padded
         return torch.cat([*see(q, k, v, whole), q.new_zeros(rows - len(q), *q.shape[1:])])
 
     def padded(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, whole: bool) -> list[torch.Tensor]:
@@ -303,12 +302,13 @@ class Packed:
         k, v = (torch.cat([self.rows.repeat(x), self.pad(y, 1)], 2) for x, y in zip(own, (k, v), strict=True))
         return [*seen, self.unpad(self.attend(1, first[1:], self.pad(q, 1), k, v, self.mask), 1)]
 
-    def varlen(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, whole: bool) -> list[torch.Tensor]:
+    def unpadded(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, whole: bool) -> list[torch.Tensor]:
         """The same by a kernel that sees no padding: of equal lengths 2 % of an update, 6 % of its memory."""
-        (prompts, completions, both, slots), (longest, width) = self.sequences, [real.shape[1] for real in self.real]
+        prompts, completions, both, slots = self.sequences
+        longest, width = (real.shape[1] for real in self.real)
         count = self.sizes[0] if whole else len(prompts) - 1
-        asked = (prompts, longest) if whole else (torch.arange(count + 1, device=q.device, dtype=torch.int32), 1)
-        first = varlen(q[:count], k[: self.sizes[0]], v[: self.sizes[0]], asked[0], prompts, asked[1], longest)
+        ends, most = (prompts, longest) if whole else (torch.arange(count + 1, device=q.device, dtype=torch.int32), 1)
+        first = varlen(q[:count], k[: self.sizes[0]], v[: self.sizes[0]], ends, prompts, most, longest)
         k, v = (torch.cat([self.rows.repeat(self.pad(x, 0)), self.pad(x, 1)], 2) for x in (k, v))
         k, v = (x.transpose(1, 2).flatten(0, 1).index_select(0, slots) for x in (k, v))  # each at most once
         return [first, varlen(q[count:], k, v, completions, both, width, longest + width)]

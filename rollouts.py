@@ -109,12 +109,13 @@ def pass_tokens(prompts: Sequence[int], lengths: Sequence[int], layout: str, com
 
     Of each prompt those that it has beyond the `common` ones, which are computed once; idle tokens are not counted.
     """
-    if layout == "packed":
-        return common + sum(prompts) + sum(lengths)
-    if layout in ("shared", "windowed"):
-        once = common + len(prompts) * max(prompts) if layout == "shared" else len(prompts) * (common + max(prompts))
-        return once + len(lengths) * max(lengths)
-    return len(lengths) * (common + max(prompts) + max(lengths))
+    rows = len(lengths) * max(lengths)
+    return {
+        "packed": common + sum(prompts) + sum(lengths),
+        "shared": common + len(prompts) * max(prompts) + rows,
+        "windowed": len(prompts) * (common + max(prompts)) + rows,
+        "joined": len(lengths) * (common + max(prompts)) + rows,
+    }[layout]
 
 
 def micro_batches(rollout: Rollout, token_budget: int, layout: str = "packed") -> list[torch.Tensor]:
@@ -132,15 +133,15 @@ def micro_batches(rollout: Rollout, token_budget: int, layout: str = "packed") -
     for group, rows in members.items():
         width, prompt = max(lengths[row] for row in rows), prompt_lengths[group]
         whole = pass_tokens([prompt], [lengths[row] for row in rows], layout, common) <= token_budget
-        fit = len(rows) if whole else max(1, token_budget // (common + prompt + width))
+        once, each = (0, common + prompt + width) if layout == "joined" else (common + prompt, width)
+        fit = len(rows) if whole else max(1, (token_budget - once) // each)
         units += [(width, prompt, rows[i : i + fit]) for i in range(0, len(rows), fit)]
-    batches: list[list[int]] = []
-    prompts, longest = [], 0
-    for width, prompt, rows in sorted(units, key=lambda unit: -unit[0]):
-        joined = (batches[-1] if batches else []) + rows
-        tokens = pass_tokens([*prompts, prompt], [lengths[row] for row in joined], layout, common)
+    units.sort(key=lambda unit: -unit[0])
+    batches, prompts, longest = [[]], [], units[0][0]
+    for width, prompt, rows in units:
+        tokens = pass_tokens([*prompts, prompt], [lengths[row] for row in batches[-1] + rows], layout, common)
         padded = 2 * width < longest and 4 * tokens > token_budget
-        if not batches or tokens > token_budget or padded:
+        if prompts and (tokens > token_budget or padded):
             batches.append([])
             prompts, longest = [], width
         batches[-1] += rows

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from attention import Cache
 from commands import UserError
 from policy import TokenPolicy, inverse_cdf, log_distribution
 from rollouts import Rollout, micro_batches, row_uniforms
@@ -36,6 +37,17 @@ def reference_logits(model, policy: TokenPolicy, rollout: Rollout) -> list[torch
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, atol: float = 1e-5) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=atol, check_dtype=False)
+
+
+def test_float64_stays_float64_where_a_text_is_shared(random_policy):
+    policy = random_policy()
+    policy.model.double()
+    start = "(4 - 9) * 6 + " * 8
+    rollout = sample(policy, [Example(f"What is {start}{end}?") for end in ("1", "22", "333")])
+    assert rollout.common >= Cache.share_from
+    expected, _ = policy.log_probs(rollout, layout="joined")
+    assert_close(policy.log_probs(rollout)[0], expected, atol=1e-12)
+    assert_close(rollout.sampler_logp, expected, atol=1e-12)
 
 
 @pytest.fixture(scope="module", params=[1.0, 0.7])

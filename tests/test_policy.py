@@ -81,6 +81,14 @@ def test_micro_batches_by_hand():
     assert rows(1) == [[2], [3], [4], [5], [6], [7], [0], [1]]
 
 
+def test_the_parts_of_a_group_count_its_prompt_once():
+    """Eight rows of 8 tokens after a prompt of 40: three of them fit into 64, but one where each row has the prompt."""
+    rollout = rollout_of([40], [[8] * 8])
+    for layout in ("packed", "shared", "windowed"):
+        assert [len(rows) for rows in micro_batches(rollout, 64, layout)] == [3, 3, 2]
+    assert [len(rows) for rows in micro_batches(rollout, 64, "joined")] == [1] * 8
+
+
 @pytest.fixture
 def ragged(random_policy):
     """A policy and a rollout of prompts and completions of different lengths."""
