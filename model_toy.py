@@ -72,7 +72,7 @@ class LlamaConfig:
         if rope["rope_type"] not in ("default", "llama3"):
             raise ValueError(f"rope_type is {rope['rope_type']!r}, Llama computes 'default' and 'llama3' only")
         known = {name: value for name, value in values.items() if name in cls.__dataclass_fields__}
-        known |= {"rope_scaling": None if rope["rope_type"] == "default" else rope}
+        known["rope_scaling"] = None if rope["rope_type"] == "default" else rope
         known |= {} if theta is None else {"rope_theta": theta}
         # The defaults of `transformers` differ from the toy's, so nothing that changes the numbers is guessed.
         missing = [name for name in cls.__dataclass_fields__ if name not in known and name != "initializer_range"]
@@ -83,10 +83,14 @@ class LlamaConfig:
             value = known.get(field.name, field.default)
             if not isinstance(value, kinds) or isinstance(value, bool) != (field.type is bool):
                 raise ValueError(f"{field.name} is {value!r}, not of type {getattr(field.type, '__name__', 'dict')}")
+            if field.type is int and value < 1:
+                raise ValueError(f"{field.name} is {value}, not above 0")
         config = cls(**known)
         size = (values.get("head_dim") or config.head_dim) * config.num_attention_heads
         if size != config.hidden_size:
             raise ValueError(f"head_dim times num_attention_heads is {size}, not hidden_size {config.hidden_size}")
+        if config.num_attention_heads % config.num_key_value_heads:
+            raise ValueError("num_attention_heads is no multiple of num_key_value_heads")
         config.inverse_frequencies()
         return config
 
@@ -221,7 +225,7 @@ class Llama(nn.Module):
         else:
             if cache is not None and cache.key_mask is not None:
                 key_mask = F.pad(cache.key_mask, (0, length - cache.key_mask.shape[1]), value=True)
-            if shared and key_mask is None and ids.shape[1] > 1:
+            if shared and key_mask is None and ids.shape[1] > 1:  # `attention_with` knows no causal flag
                 key_mask = torch.ones(1, length, dtype=torch.bool, device=ids.device)
             mask = attention_mask(ids.shape[1], length, key_mask, ids.device)
 
@@ -308,11 +312,10 @@ def character_tokenizer(texts: list[str]):
     """
     from transformers import PreTrainedTokenizerFast
 
-    pattern = "|".join(WORDS) + "|."
     characters = sorted({character for text in texts for character in text if not character.isspace()})
     vocabulary = {token: i for i, token in enumerate([*SPECIAL, *WORDS, *characters])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    split = pre_tokenizers.Split(Regex("|".join([*WORDS, "."])), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), split])
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(

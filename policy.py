@@ -51,7 +51,7 @@ def most_logits(device: torch.device) -> int:
 
 
 def running(x: torch.Tensor) -> torch.Tensor:
-    """Cumulative sums of rows (B, N), so short that they do not vary, though of a GPU `--deterministic` refuses all."""
+    """Cumulative sums of rows (B, N), too short to vary on a GPU, where `--deterministic` refuses every cumsum."""
     if not torch.are_deterministic_algorithms_enabled():
         return x.cumsum(-1)
     torch.use_deterministic_algorithms(False)
@@ -75,7 +75,10 @@ def inverse_cdf(log_probs: torch.Tensor, uniform: torch.Tensor, block: int = 256
         last = torch.searchsorted(cumulative, total, right=False)
         return torch.minimum(index, last).clamp(max=cumulative.shape[1] - 1)  # NaN must not give an index too large
 
-    weights, block = log_probs.exp().to(uniform.device), min(block, log_probs.shape[1])
+    weights = log_probs.exp().to(uniform.device)
+    if weights.shape[1] <= block:
+        cumulative = running(weights.double())
+        return first_above(cumulative, uniform[:, None] * cumulative[:, -1:])[:, 0].to(log_probs.device)
     blocks = F.pad(weights, (0, -weights.shape[1] % block)).unflatten(1, (-1, block))  # (B, V / block, block)
     sums = blocks.sum(-1, dtype=torch.float64)
     ends = running(sums)
@@ -139,11 +142,11 @@ class TokenPolicy:
 
     def encode(self, prompts: list[str | list[dict]]) -> list[list[int]]:
         """Token ids of plain prompts, or of message lists through the chat template; raises UserError."""
-        encoded = []
+        encoded, unknown = [], self.tokenizer.unk_token_id
+        special = {self.tokenizer.bos_token_id, *self.end_ids, self.pad_id}
         for prompt in prompts:
             text = prompt if isinstance(prompt, str) else self.render(prompt)
             ids = self.tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"]
-            unknown, special = self.tokenizer.unk_token_id, {self.tokenizer.bos_token_id, *self.end_ids, self.pad_id}
             if unknown in ids and unknown not in special:
                 encoding = self.tokenizer(text, return_offsets_mapping=True)
                 spans = zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
@@ -189,26 +192,21 @@ class TokenPolicy:
                 out = f"{len(examples) - len(kept[name])} of {len(examples)} left out"
                 print(f"{name}: {out}, their questions have more than {room} tokens")
             if not kept[name]:
-                raise UserError(
-                    f"--max-new-tokens {max_new_tokens} leaves no room for any question; lower it, or --shots"
-                )
+                what = f"--max-new-tokens {max_new_tokens} leaves no room for any question"
+                raise UserError(f"{what}; lower it, or --shots")
         return kept
 
     def demonstrations(self, examples: list[Example]) -> tuple[Rollout, torch.Tensor] | None:
         """A rollout of all demonstrations that fit, equal ones once, and how often each occurs (B,); None if none."""
-        rows = [
-            (group, text, count)
-            for group, example in enumerate(examples)
-            for text, count in Counter(example.demonstrations).items()
-        ]
-        if not rows:
+        counts = Counter((group, text) for group, example in enumerate(examples) for text in example.demonstrations)
+        if not counts:
             return None
-        groups, texts, counts = map(list, zip(*rows, strict=True))
+        groups, texts = map(list, zip(*counts, strict=True))
         end = self.end_ids[0] if self.tokenizer.eos_token_id is None else self.tokenizer.eos_token_id
         ids = [row + [end] for row in self.tokenizer(texts, add_special_tokens=False).input_ids]
         rollout = self.pack(self.encode([example.prompt for example in examples]), ids, texts, groups)
         rollout.questions = [example.question for example in examples]
-        copies, room = torch.tensor(counts, device=self.device), self.model.max_length
+        copies, room = torch.tensor(list(counts.values()), device=self.device), self.model.max_length
         fits = rollout.prompt_mask.sum(1)[rollout.group] + rollout.mask.sum(1) <= room
         if not fits.all():
             out = int(copies.sum() - copies[fits].sum())
@@ -307,20 +305,21 @@ class TokenPolicy:
         mask = torch.zeros_like(actions, dtype=torch.bool)
         logp = torch.zeros(actions.shape, dtype=torch.promote_types(hidden.dtype, torch.float32), device=self.device)
         ends = torch.tensor(self.end_ids, device=self.device)
-        rows = torch.arange(len(actions), device=self.device)  # the rows that are still in the batch
-        going = torch.ones_like(rows, dtype=torch.bool)  # those of them that have not ended
-        token, t = torch.zeros_like(rows), torch.zeros_like(rows[:1])
-        of_graphs = self.device if self.captures else None
+        # Of each row that is still in the batch: its next cell of (B, T), its last token, and whether it goes on.
+        cell = torch.arange(len(actions), device=self.device) * actions.shape[1]
+        token, going = torch.zeros_like(cell), torch.ones_like(cell, dtype=torch.bool)
+        graph_device = self.device if self.captures else None
         look_every = self.look_every or (8 if self.device.type == "cuda" else 1)
-        drop_below = (0.5 if of_graphs else 0.9) if self.drop_below is None else self.drop_below
+        drop_below = (0.5 if graph_device else 0.9) if self.drop_below is None else self.drop_below
 
         def draw(hidden: torch.Tensor) -> None:
             distribution = log_distribution(self.logits(hidden), self.temperature, noise)
-            token.copy_(choose(distribution, uniforms[rows.to(uniforms.device), t.to(uniforms.device)]))
-            actions[rows, t], mask[rows, t] = token, going
-            logp[rows, t] = distribution.gather(1, token[:, None])[:, 0]
+            token.copy_(choose(distribution, uniforms.take(cell.to(uniforms.device))))
+            actions.view(-1).index_copy_(0, cell, token)
+            mask.view(-1).index_copy_(0, cell, going)
+            logp.view(-1).index_copy_(0, cell, distribution.gather(1, token[:, None])[:, 0])
             going.logical_and_((token[:, None] != ends).all(1))
-            t.add_(1)
+            cell.add_(1)
 
         def step() -> None:
             hidden = self.model(token[:, None], positions[:, None], cache)[:, 0]
@@ -328,18 +327,18 @@ class TokenPolicy:
             draw(hidden)
 
         draw(hidden)
-        steps = replayed(step, of_graphs)
-        for before in range(actions.shape[1] - 1):
-            left = int(going.sum()) if before % look_every == 0 else len(going)
+        steps = replayed(step, graph_device)
+        for t in range(actions.shape[1] - 1):
+            left = int(going.sum()) if t % look_every == 0 else len(going)
             if not left:
                 break
             left += spare(left, self.device, least=1)
             if left < drop_below * len(going):
                 keep = going.byte().argsort(descending=True, stable=True)[:left].sort()[0]
-                rows, token, positions, going = (x[keep] for x in (rows, token, positions, going))
+                cell, token, positions, going = (x[keep] for x in (cell, token, positions, going))
                 steps = None  # gives back the memory of its graph
                 cache.select(keep)
-                steps = replayed(step, of_graphs)
+                steps = replayed(step, graph_device)
             next(steps)
         return actions.where(mask, self.pad_id), mask, logp.where(mask, 0.0)
 
@@ -363,9 +362,9 @@ class TokenPolicy:
 
         Both are 0 at padding. The entropy carries no gradient, and is None unless it is asked for.
         """
-        hidden_states = {"packed": self.packed_hidden, "joined": self.joined_hidden}
+        by_layout = {"packed": self.packed_hidden, "joined": self.joined_hidden}  # the other two share
         with self.autocast():
-            hidden = hidden_states.get(layout or self.layout, self.shared_hidden)(rollout)  # (N, C), of the real tokens
+            hidden = by_layout.get(layout or self.layout, self.shared_hidden)(rollout)  # (N, C), of the real tokens
             picked, spread = self.score_tokens(hidden, rollout.actions[rollout.mask], entropy)
         blank = picked.new_zeros(rollout.actions.shape)
         logp = blank.masked_scatter(rollout.mask, picked)
@@ -493,8 +492,4 @@ def score_rollout(policy: Policy, rollout: Rollout, token_budget: int, entropy: 
 
 def mean_log_probs(policy: Policy, rollout: Rollout, token_budget: int) -> torch.Tensor:
     """Mean log-probability per token (B,) of each completion under the policy as it is now, without gradient."""
-    batches = micro_batches(rollout, token_budget, policy.layout)
-    parts = [rollout.select(rows) for rows in batches]
-    with torch.no_grad():
-        means = torch.cat([policy.log_probs(part, entropy=False)[0].sum(1) / part.mask.sum(1) for part in parts])
-    return means[torch.cat(batches).argsort()]
+    return score_rollout(policy, rollout, token_budget).sum(1) / rollout.mask.sum(1)

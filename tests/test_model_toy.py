@@ -230,6 +230,8 @@ GOOD = LlamaConfig(vocab_size=30, hidden_size=32).to_json()
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type is 'linear'"),
         ({"head_dim": 16}, "head_dim"),
         ({"num_attention_heads": 5}, "head_dim"),
+        ({"num_key_value_heads": 3}, "no multiple of num_key_value_heads"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads is 0, not above 0"),
     ],
 )
 def test_models_that_are_not_computed_are_refused(change, part):
