@@ -37,9 +37,7 @@ class Algorithm:
     max_resample: int = option(0, "Flat groups give way to fresh prompts, at most so often a step.", "algorithm")
     overlong_buffer: float = option(0.0, "Last share of the length, with a penalty down to -1.", "algorithm", at_most=1)
     preference_strength: float = option(2.0, "Strength s of a pairwise preference.", "algorithm")
-    combine: Literal["sum", "each"] = option(
-        "sum", "Advantages of the sum of rewards, or a sum of each's.", "algorithm"
-    )
+    combine: Literal["sum", "each"] = option("sum", "Advantages of the sum of rewards, or a sum of each.", "algorithm")
     k: int = option(4, "How many are drawn of which max_at_k wants the best.", "algorithm", at_least=2)
     cap: float = option(0.0, "The ratio is held below this where A < 0, too; 0 is off.", "algorithm")
     anchor: float = option(0.0, "Weight of half the squared log-ratio, towards the old policy.", "algorithm")
@@ -56,11 +54,7 @@ class Algorithm:
     correction_low: float = option(0.5, "By mask, weights below this become 0.", "algorithm")
     correction_high: float = option(2.0, "Weights above this become this, or by mask 0.", "algorithm", above_zero=True)
     top_entropy: float = option(
-        1.0,
-        "Share of the tokens, those of highest entropy, that rewards act on.",
-        "algorithm",
-        above_zero=True,
-        at_most=1,
+        1.0, "Share of tokens, those of highest entropy, that rewards act on.", "algorithm", above_zero=True, at_most=1
     )
     entropy_bonus: float = option(0.0, "Weight of the tokens' entropy in what is ascended.", "algorithm")
 

@@ -168,9 +168,6 @@ def load_hub_model(folder: Path, unfit: Exception, weights: bool = True) -> HubM
 
 def load_tokenizer(folder: Path, model_type: str, vocab_size: int):
     """The tokenizer of a checkpoint; raises UserError."""
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        if not (folder / name).is_file():
-            raise UserError(f"--model: {folder} lacks {name}; restore the file or make the run again")
     kind = read_json(folder / "tokenizer_config.json").get("tokenizer_class")
     try:
         generic = kind in ("PreTrainedTokenizerFast", "TokenizersBackend")
@@ -179,9 +176,9 @@ def load_tokenizer(folder: Path, model_type: str, vocab_size: int):
         else:
             from transformers import AutoTokenizer as Loader
         tokenizer = Loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        largest = max(tokenizer.get_vocab().values())
         special = [getattr(tokenizer, f"{kind}_token_id") for kind in ("unk", "bos", "eos", "pad")]
-        largest = max([largest, *filter(None, special), *tokenizer("1").input_ids])  # finds faults of its settings
+        ids = tokenizer("1").input_ids  # finds faults of its settings
+        largest = max([*tokenizer.get_vocab().values(), *filter(None, special), *ids])
     except Exception as error:  # the tokenizers library raises a bare Exception for a damaged file
         raise UserError(f"{folder / 'tokenizer.json'} cannot be read ({error}); restore the file") from error
     if largest >= vocab_size:
@@ -190,14 +187,9 @@ def load_tokenizer(folder: Path, model_type: str, vocab_size: int):
 
 
 def load(
-    name: str | Path,
-    device: torch.device | str,
-    dtype: str | None = "float32",
-    temperature: float = 1.0,
-    exploration_noise: float | None = None,
-    chat_template: str | None = None,
-    thinking: str | None = None,
-) -> Policy:
+    name: str | Path, device: torch.device | str, dtype: str | None = "float32", temperature: float = 1.0,
+    exploration_noise: float | None = None, chat_template: str | None = None, thinking: str | None = None,
+) -> Policy:  # fmt: skip
     """The policy of a checkpoint folder, a GGUF file or a model of the hub; raises UserError.
 
     Weights are float32; `dtype` is that of the matrix products (None: see `choose_dtype`). On the device `meta` weights

@@ -254,12 +254,10 @@ def keep_memory() -> None:
 
     Larger ones have a mapping of their own, lest the gaps that they leave double the memory of a real model.
     """
-    try:
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # no glibc
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD, the most that glibc takes
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing goes back to the system
-    except (AttributeError, OSError, TypeError):  # no glibc
-        pass
 
 
 def return_memory() -> None:

@@ -10,7 +10,6 @@ import torch
 from algorithms import pairwise_advantages
 from commands import printable
 from policy import TokenPolicy, score_rollout
-from rewards import RewardFunction, Rewards, apply_reward
 from tasks import take_prompts
 
 
@@ -19,11 +18,6 @@ def aligned(rows: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]
     lines = [[*map(str.rjust, row[:-1], widths), row[-1]] for row in rows]
     return "\n".join("  ".join(line).rstrip() for line in lines)
-
-
-def known(values: list[float | None]) -> RewardFunction:
-    """A reward function whose values are there already."""
-    return lambda **_: values
 
 
 def page(run, mathematics: ModuleType) -> str:
@@ -35,11 +29,7 @@ def page(run, mathematics: ModuleType) -> str:
     config, algorithm, policy = run.config, run.config.resolved_algorithm, run.policy
     (example,) = take_prompts(run.data["train"], 1, 1, config.seed)
     rollout = run.sampler.sample([example], config.num_generations, (config.seed, 1, 0), config.max_new_tokens)
-    rows = [example] * config.num_generations
-    given = {**run.rewards.inputs, "state": {}}
-    parts = [apply_reward(name, function, rows, rollout, **given) for name, (function, _) in run.rewards.mix.items()]
-    recorded = {name: (known(x), w) for (name, (_, w)), x in zip(run.rewards.mix.items(), parts, strict=True)}
-    scores, _ = Rewards(recorded)([example], rollout, {})  # a judge is asked once
+    scores, _ = run.rewards([example], rollout, {})
     rewards = scores.total
     advantages = mathematics.mixed_advantages(scores, algorithm).float().to(policy.device)
     advantages, loss, logp, ref_logp, pull = not_descended(run, rollout, advantages, mathematics)
@@ -47,9 +37,9 @@ def page(run, mathematics: ModuleType) -> str:
     names = [f"{name} x {weight:g}" for name, (_, weight) in run.rewards.mix.items()]
     table = [["", *names, "total", "advantage", "tokens", "completion"]]
     for i, text in enumerate(rollout.texts):
-        scores = ["none" if values[i] is None else f"{values[i]:.3g}" for values in parts]
+        parts = ["none" if value.isnan() else f"{value:.3g}" for value in scores.values[0, i]]
         numbers = [f"{rewards[0, i]:.3f}", f"{advantages[0, i]:+.3f}", str(int(lengths[i]))]
-        table.append([str(i + 1), *scores, *numbers, printable(text).replace("\n", "\\n")])
+        table.append([str(i + 1), *parts, *numbers, printable(text).replace("\n", "\\n")])
     flat = "" if advantages.any() else "\nall rewards are equal: this group teaches nothing"
     sections = [
         f"(1) the question\n{printable(example.question)}",
@@ -58,7 +48,7 @@ def page(run, mathematics: ModuleType) -> str:
         f"(5) the reference and (6) the loss ({config.algorithm}: {loss.item():.6f}), not descended, token by token",
     ]
     ends = {"the worst": int(rewards.argmin()), "the best": int(rewards.argmax())}
-    shown = {"one": 0, "another": len(rows) - 1} if flat else ends
+    shown = {"one": 0, "another": len(rollout.texts) - 1} if flat else ends
     for title, i in shown.items():
         tokens = token_rows(policy, rollout, i, logp, ref_logp, pull, mathematics)
         sections.append(f"{title}, completion {i + 1}, advantage {advantages[0, i]:+.3f}\n{aligned(tokens)}")
@@ -75,9 +65,8 @@ def not_descended(run, rollout, advantages: torch.Tensor, mathematics: ModuleTyp
         advantages = pairwise_advantages(advantages, mean_logp, algorithm.preference_strength)
     logp, mask = old_logp.clone().requires_grad_(), mathematics.loss_mask(rollout, algorithm)
     whole = max(1, mathematics.loss_denominator(mask, algorithm.aggregate, run.config.max_new_tokens))
-    weight = mathematics.loss_weight(
-        rollout, old_logp, mathematics.high_entropy_tokens(policy, rollout, algorithm, budget), algorithm
-    )
+    high_entropy = mathematics.high_entropy_tokens(policy, rollout, algorithm, budget)
+    weight = mathematics.loss_weight(rollout, old_logp, high_entropy, algorithm)
     given = (logp, old_logp, advantages.flatten(), mask, algorithm, ref_logp, whole, weight, entropy)
     loss, _ = mathematics.policy_loss(*given)
     return advantages, loss, old_logp, ref_logp, torch.autograd.grad(-loss, logp)[0]

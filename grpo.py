@@ -80,12 +80,12 @@ def group_advantages(
     is not filled in (`Scores.known`): m and s are those of `moments`; a row with none is 0, or NaN under `pairwise`.
     Raises ValueError for a group of fewer than two, UserError for a reward below 0 under `max_rl`.
     """
-    size, known = rewards.shape[1], torch.ones_like(rewards) if known is None else known
+    known = torch.ones_like(rewards) if known is None else known
     batch_mean, batch_std, _ = moments(rewards.reshape(1, -1), known.reshape(1, -1))
     if scale == "batch_mean":  # the one baseline that is not the group's
         return torch.where(known == 0, 0.0, rewards - batch_mean)
-    if size < 2:
-        raise ValueError(f"a group of {size} has no spread; sample at least 2 completions a prompt")
+    if rewards.shape[1] < 2:
+        raise ValueError(f"a group of {rewards.shape[1]} has no spread; sample at least 2 completions a prompt")
     mean, std, seen = moments(rewards, known)
     advantages = rewards - mean
     if scale == "group":
@@ -221,7 +221,7 @@ def bounded(log_ratio, advantage, logp, algorithm: Algorithm) -> tuple[torch.Ten
         change = torch.zeros_like(log_ratio)
     low = (advantage < 0) & (change < -algorithm.epsilon)
     over_cap = (advantage < 0) & (log_ratio > math.log(algorithm.cap or math.inf))
-    return low, over_cap | (advantage > 0) & (change > algorithm.epsilon_high)
+    return low, over_cap | ((advantage > 0) & (change > algorithm.epsilon_high))
 
 
 @torch.no_grad()
@@ -296,9 +296,9 @@ def replace_flat_groups(run: GRPORun, step: int, examples: list[Example], rollou
     (dynamic sampling: DAPO, section 3.2); what is flat in the last draw stays. The other metrics are the first draw's,
     whose prompts nothing has selected; `samples` and `tokens` count all draws.
     """
-    config, last_draw = run.config, run.config.resolved_algorithm.max_resample
+    config, algorithm = run.config, run.config.resolved_algorithm
     kept, missing, used, counts = [], config.batch_size, set(map(id, examples)), Counter()
-    for draw in range(last_draw + 1):
+    for draw in range(algorithm.max_resample + 1):
         if draw:
             fresh = take_prompts(run.data["train"], step, config.batch_size, config.seed, draw)
             examples = sorted(fresh, key=lambda example: id(example) in used)[:missing]  # new ones first
@@ -306,7 +306,7 @@ def replace_flat_groups(run: GRPORun, step: int, examples: list[Example], rollou
             rollout = run.sample_groups(examples, (config.seed, step, draw))
             scores, _ = ranks.first(run.rewards, examples, rollout, run.position.reward_state)
         counts.update(samples=len(rollout.texts), tokens=int(rollout.mask.sum()))
-        keep = ~flat_groups(scores, run.config.resolved_algorithm) | (draw == last_draw)
+        keep = ~flat_groups(scores, algorithm) | (draw == algorithm.max_resample)
         if keep.any():
             rows = keep.repeat_interleave(config.num_generations).nonzero()[:, 0].to(run.policy.device)
             kept.append((rollout.select(rows), scores[keep]))
@@ -319,7 +319,7 @@ def replace_flat_groups(run: GRPORun, step: int, examples: list[Example], rollou
 
 def loss_mask(rollout: Rollout, algorithm: Algorithm) -> torch.Tensor:
     """The tokens (B, T) that the loss is made of; a row that is left out stays in its group's mean."""
-    return rollout.mask & ~rollout.truncated[:, None] if algorithm.mask_truncated else rollout.mask
+    return (rollout.mask & ~rollout.truncated[:, None]) if algorithm.mask_truncated else rollout.mask
 
 
 def high_entropy_tokens(policy: Policy, rollout: Rollout, algorithm: Algorithm, budget: int) -> torch.Tensor | None:
@@ -360,7 +360,7 @@ def update(
     """
     algorithm, order, budget = config.resolved_algorithm, advantages, config.micro_batch_tokens
     share = loss_denominator(loss_mask(rollout, algorithm), algorithm.aggregate, config.max_new_tokens)
-    denominator = max(1, ranks.total({"share": share})["share"])  # rows, tokens or rows * max_new_tokens, of all ranks
+    denominator = max(1, sum(ranks.gather(share)))  # rows, tokens or rows * max_new_tokens, of all ranks
     high_entropy, budget = runs.within_memory(high_entropy_tokens, (policy, rollout, algorithm), budget, optimizer)
     old_logp, losses, norms, all_sums, all_peaks = None, [], [], Counter(), {}
     for _ in range(config.num_inner_updates):
@@ -405,10 +405,10 @@ def backward(
         if first:  # the ratio starts from the policy as it is, at exactly 1
             old_logp = logp.new_zeros(rollout.mask.shape) if old_logp is None else old_logp
             old_logp[rows, :width] = logp.detach()
-        old, ref = old_logp[rows, :width], None if ref_logp is None else ref_logp[rows, :width]
+        old, ref, high = (None if x is None else x[rows, :width] for x in (old_logp, ref_logp, high_entropy))
         advantage = advantages.flatten()[rows]  # row p * G + g
         mask = loss_mask(part, algorithm)
-        weight = loss_weight(part, old, None if high_entropy is None else high_entropy[rows, :width], algorithm)
+        weight = loss_weight(part, old, high, algorithm)
         loss, stats = policy_loss(logp, old, advantage, mask, algorithm, ref, denominator, weight, entropy)
         loss.backward()
         stats |= {"loss": loss, "entropy": entropy[mask].sum(), "sampler_gap": (part.sampler_logp - old).abs().max()}

@@ -314,9 +314,8 @@ def make_scorer(config: GRPOConfig, policy: Policy) -> Callable[..., list[float]
             prompts = [text_of(prompt) for prompt in prompts]
         prompts, room, first = policy.encode(prompts), policy.model.max_length, {}
         ids = [row[: max(1, room - len(prompt))] for row, prompt in zip(ids, prompts, strict=True)]
-        rollout = policy.pack([prompt[-(room - 1) :] for prompt in prompts], ids, [""] * len(ids))
         group = [first.setdefault(tuple(prompt), i) for i, prompt in enumerate(prompts)]  # equal prompts share a pass
-        rollout.group = torch.tensor(group, device=policy.device)
+        rollout = policy.pack([prompt[-(room - 1) :] for prompt in prompts], ids, [""] * len(ids), group)
         return mean_log_probs(policy, rollout, config.micro_batch_tokens).tolist()
 
     return scorer

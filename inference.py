@@ -17,20 +17,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import commands
 import ranks
 from checkpoints import choose_device, find_checkpoint, load
-from commands import (
-    UserError,
-    append_json,
-    check_settings,
-    option,
-    out_of_memory,
-    parser_for,
-    printable,
-    read_json,
-    run_main,
-    write_json,
-)
+from commands import UserError, check_settings, option, out_of_memory, parser_for, printable, run_main
 from policy import Policy
 from rewards import answer_format, apply_reward, extract_answer
 from rollouts import Rollout
@@ -119,8 +109,7 @@ def measure_completions(
             table["truncated"] += rollout.truncated.tolist()
         return table
 
-    with ranks.whole(policy.model):
-        tables = ranks.every(measure)
+    tables = ranks.every(measure)
     return {name: [value for part in tables for value in part[name]] for name in tables[0]}
 
 
@@ -190,9 +179,7 @@ class InferenceConfig:
     seed: int = option(0, "Seed of the sampler.", "sampling")
     eval: bool = option(False, "Evaluate on the held-out problems of --task instead of answering.", "evaluation")
     report: str | None = option(None, "Write the results to this file, as JSON.", "evaluation")
-    outputs: str | None = option(
-        None, "Write every completion and its scores to this file, as JSON Lines.", "evaluation"
-    )
+    outputs: str | None = option(None, "Write all completions and scores to this file, as JSON Lines.", "evaluation")
     batch_size: int = option(512, "Completions that are sampled at once.", "evaluation", above_zero=True)
     device: str = option("auto", "Device: auto, cuda, mps or cpu.", "memory and device")
     dtype: Literal["float32", "bfloat16"] | None = option(
@@ -217,13 +204,12 @@ def show_answer(text: str, tagged: bool = True) -> str:
 def as_trained(config: InferenceConfig, name: str) -> InferenceConfig:
     """The settings with what is not given taken from the run that made a model, where that is known."""
     file = Path(name) / "run.json"
-    stored = read_json(file).get("settings") if file.is_file() else None
+    stored = commands.read_json(file).get("settings") if file.is_file() else None
     stored = stored if isinstance(stored, dict) and stored.get("task") == config.task else {}
     found = {key: stored.get(key) for key in ("shots", "data", "thinking") if getattr(config, key) is None}
     if type(found.get("shots") or 0) is not int or not isinstance(found.get("data") or "", str):
-        raise UserError(
-            f"{file}: shots or data are not what a run writes; restore the file, or give --shots and --data"
-        )
+        mend = "restore the file, or give --shots and --data"
+        raise UserError(f"{file}: shots or data are not what a run writes; {mend}")
     return replace(config, **found)
 
 
@@ -254,12 +240,12 @@ def compare(config: InferenceConfig, load_one: Callable[[str], Policy]) -> None:
         print(f"{name}: {len(examples)} problems, one greedy completion and {samples} samples of each", file=sys.stderr)
         results[name] = evaluate(policy, task, examples, width, samples, config.seed, config.batch_size, outputs)
         if config.outputs:
-            append_json(Path(config.outputs), *({"model": name, **output} for output in outputs))
+            commands.append_json(Path(config.outputs), *({"model": name, **output} for output in outputs))
     print(results_table(results))
     if config.report:
         settings = {"task": task.name, "samples": samples, "seed": config.seed}
         settings["temperature"] = 1.0 if config.temperature is None else config.temperature
-        write_json(Path(config.report), {"settings": settings, "results": results})
+        commands.write_json(Path(config.report), {"settings": settings, "results": results})
 
 
 def show_number(name: str, value: float) -> str:
@@ -276,11 +262,8 @@ def results_table(results: dict[str, dict[str, float]]) -> str:
         low, high = (show_number(key, result.get(f"{key}_{end}", math.nan)) for end in ("low", "high"))
         return show_number(key, result[key]) + (f" [{low}, {high}]" if f"{key}_low" in result else "")
 
-    keys = [
-        key
-        for key in {key: 0 for result in results.values() for key in result}
-        if key != "step" and not key.endswith(("_low", "_high"))
-    ]
+    measured = dict.fromkeys(key for result in results.values() for key in result)
+    keys = [key for key in measured if key != "step" and not key.endswith(("_low", "_high"))]
     greedy = [key if key.startswith(("problems", "sampled", "pass")) else f"greedy {key}" for key in keys]
     names = [key.replace("_", " ") for key in greedy]
     columns = [["", *names]] + [[name, *(cell(result, key) for key in keys)] for name, result in results.items()]

@@ -57,9 +57,8 @@ class HubModel(nn.Module):
             parts = torch.cat([self(ids[:, i:j], ids[:, i:j], cache) for i, j in ((0, 2), (2, 4))], 1)
             ours = self.logits(hidden)
         if hidden.shape != parts.shape or not torch.allclose(hidden, parts, rtol=1e-3, atol=1e-3):
-            raise ValueError(
-                f"{model.config.model_type} reads ahead or keeps no cache: it cannot be sampled token by token"
-            )
+            what = f"{model.config.model_type} reads ahead or keeps no cache"
+            raise ValueError(f"{what}: it cannot be sampled token by token")
         # Some models scale or cap their logits: there the "hidden states" are the logits themselves.
         self.full_logits = ours.shape != expected.shape or not torch.allclose(ours, expected, rtol=1e-4, atol=1e-4)
 
@@ -84,12 +83,9 @@ class HubModel(nn.Module):
             new = ids.shape[1] + cache.inner.get_seq_length() - cache.key_mask.shape[1]
             key_mask = F.pad(cache.key_mask, (0, new), value=True)
         output = (self.model if self.full_logits else self.model.base_model)(
-            input_ids=ids,
-            position_ids=positions,
-            attention_mask=None if key_mask is None else key_mask.long(),
-            past_key_values=None if cache is None else cache.inner,
-            use_cache=cache is not None,
-        )
+            input_ids=ids, position_ids=positions, attention_mask=None if key_mask is None else key_mask.long(),
+            past_key_values=None if cache is None else cache.inner, use_cache=cache is not None,
+        )  # fmt: skip
         return output.logits if self.full_logits else output.last_hidden_state
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

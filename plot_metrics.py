@@ -50,8 +50,7 @@ COMPARED = PANELS | {  # the same for a comparison, where `accuracy` gives way t
 }
 LAST = {"reward": "reward", "kl": "KL", "entropy": "entropy", "working": "shows working", "length": "length"}
 # Settings that do not make a run another experiment; `model` counts without the run's own seed in its name.
-NOT_SETTINGS = {"seed", "out", "resume", "overwrite", "dry_run", "save_every", "device", "compile"}
-NOT_SETTINGS |= {"micro_batch_tokens"}
+NOT_SETTINGS = {"seed", "out", "resume", "overwrite", "save_every", "device", "compile", "micro_batch_tokens"}
 # What older programs called some values of settings.
 RENAMED = {"advantage none": "centered", "advantage batch": "batch_std", "surrogate plain": "reinforce"}
 RENAMED |= {"aggregate sequence": "sequence_mean", "aggregate token": "token_mean"}

@@ -47,18 +47,14 @@ class Autoencoder(nn.Module):
 
     checkpointing = False  # there is nothing to save
     max_length = 3  # two inputs, one output
+    weights, load_weights = nn.Module.state_dict, nn.Module.load_state_dict  # a checkpoint holds them as they are
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
         self.config = config
-        self.encoder = nn.Sequential(
-            nn.Linear(2 * config.numbers, config.hidden_size),
-            nn.SiLU(),
-            nn.Linear(config.hidden_size, config.bottleneck),
-        )
-        self.decoder = nn.Sequential(
-            nn.Linear(config.bottleneck, config.hidden_size), nn.SiLU(), nn.Linear(config.hidden_size, 1)
-        )
+        inputs, hidden, code = 2 * config.numbers, config.hidden_size, config.bottleneck
+        self.encoder = nn.Sequential(nn.Linear(inputs, hidden), nn.SiLU(), nn.Linear(hidden, code))
+        self.decoder = nn.Sequential(nn.Linear(code, hidden), nn.SiLU(), nn.Linear(hidden, 1))
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Draw uniform weights within 1 / sqrt(inputs), PyTorch's own default; biases and the one-hot table are 0.
@@ -74,13 +70,6 @@ class Autoencoder(nn.Module):
         """The mean (P,) for int64 pairs (P, 2); the network's own output is in units of how many numbers there are."""
         inputs = F.one_hot(pairs, self.config.numbers).flatten(1).to(self.encoder[0].weight.dtype)
         return self.config.numbers * self.decoder(self.encoder(inputs))[:, 0]
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        return self.state_dict()
-
-    def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
-        """Take the weights of a checkpoint; raises RuntimeError if they do not fit."""
-        self.load_state_dict(weights)
 
 
 class GaussianPolicy:

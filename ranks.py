@@ -10,6 +10,7 @@ import errno
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 
@@ -97,25 +98,18 @@ def first(function: Callable, *arguments):
     return every(lambda: function(*arguments) if FIRST else None)[0]
 
 
-def reduced(values: dict[str, float], how) -> dict[str, float]:
-    """Numbers of all ranks made one, name by name."""
-    if WORLD == 1:
-        return values
-    names = sorted({name for each in gather(list(values)) for name in each})
-    tensor = torch.tensor([values.get(name, 0.0) for name in names], dtype=torch.float64)
-    with talking():
-        dist.all_reduce(tensor, how)
-    return dict(zip(names, tensor.tolist(), strict=True))
-
-
 def total(values: dict[str, float]) -> dict[str, float]:
-    """The sums over all ranks."""
-    return reduced(values, dist.ReduceOp.SUM)
+    """The sums over all ranks, name by name."""
+    sums = Counter()
+    for each in gather(values):
+        sums.update(each)
+    return dict(sums)
 
 
 def largest(values: dict[str, float]) -> dict[str, float]:
-    """The largest of all ranks."""
-    return reduced(values, dist.ReduceOp.MAX)
+    """The largest of all ranks, name by name."""
+    told = gather(values)
+    return {name: max(each[name] for each in told) for name in values}
 
 
 def add_gradients(weights: Sequence[torch.nn.Parameter]) -> None:
@@ -213,5 +207,5 @@ def all_leave(seconds: float = 10.0) -> bool:
 def keep_step(model: nn.Module, passes: int, again: Callable[[], torch.Tensor]) -> None:
     """Make up for having fewer passes through a sharded model than another rank, by some whose gradient is 0."""
     if is_sharded(model):
-        for _ in range(passes, int(largest({"passes": passes})["passes"])):
+        for _ in range(passes, max(gather(passes))):
             (0.0 * again().sum()).backward()

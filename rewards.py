@@ -29,7 +29,6 @@ from graders import Judge, equal_answers
 
 RewardFunction = Callable[..., list[float | None]]
 
-
 # At most 30 digits, thousands marked by commas or not, and nothing but zeros after a point.
 INTEGER = re.compile(r"[+-]?(?:[0-9]{1,30}|[0-9]{1,3}(?:,[0-9]{3}){1,9})(?:\.0{1,9})?")
 NUMBER = re.compile(r"[+-]?[0-9][0-9.,]*")

@@ -88,7 +88,9 @@ def parse_settings(settings: type, description: str, examples: str):
     parser = parser_for(settings, description, examples)
     arguments = parser.parse_args()
     path = Path(arguments.out) / "run.json"
-    if arguments.resume or is_restart(path):
+    # Or torchrun has started this process again, and the run that is there is the one that it had begun.
+    restarted = ranks.RESTARTS and path.is_file() and read_json(path).get("launch") == ranks.launch()
+    if arguments.resume or restarted:
         if not path.is_file():
             raise UserError(f"--resume: {arguments.out!r} holds no run; leave out --resume to start one")
         run, known = read_json(path), {f.name: f for f in fields(settings)}
@@ -110,11 +112,6 @@ def parse_settings(settings: type, description: str, examples: str):
             made = f"the run in {arguments.out!r} was made with {', '.join(old)}"
             raise UserError(f"--resume: {made}; leave the flag out")
     return settings(**vars(arguments))
-
-
-def is_restart(path: Path) -> bool:
-    """Whether torchrun has started this process again, and the run of this run.json is the one that it had begun."""
-    return bool(ranks.RESTARTS) and path.is_file() and read_json(path).get("launch") == ranks.launch()
 
 
 def refuse_strange_code(stored: dict, given) -> None:
@@ -220,9 +217,8 @@ class Run:
             if isinstance(error, KeyboardInterrupt):
                 raise KeyboardInterrupt(*(error.args or (signal.SIGINT,)), told) from error
             if isinstance(error, (UserError, NotFinite)):
-                raise UserError(
-                    f"step {self.position.step + 1}: {error}; {told}, --resume goes on from there"
-                ) from error
+                what = f"step {self.position.step + 1}: {error}"
+                raise UserError(f"{what}; {told}, --resume goes on from there") from error
 
     @property
     def begun(self) -> bool:
@@ -263,7 +259,7 @@ class Run:
         if position.updated:
             return position.updated
         try:
-            metrics = train_step(self, step)
+            return train_step(self, step)
         except NotFinite as error:
             self.optimizer.zero_grad()
             position.bad_steps, position.reward_state = position.bad_steps + 1, before
@@ -274,8 +270,7 @@ class Run:
                 many = f"{position.bad_steps} steps in a row were skipped (--max-bad-steps), the last since {error}"
                 raise UserError(f"{many}; lower --learning-rate, or look at samples.jsonl") from error
             self.say(f"warning: step {step} is skipped: {error}", file=sys.stderr)
-            metrics = {"skipped": 1.0}
-        return metrics
+            return {"skipped": 1.0}
 
     def append(self, name: str, *values: dict) -> None:
         """Append lines to a file of the run; where the disk is full they wait until the next are written."""
@@ -423,8 +418,7 @@ def descend(optimizer: torch.optim.Optimizer, largest: float, rollout) -> float:
 
     Raises NotFinite, before the optimizer moves, if that is no number.
     """
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    norm = ranks.full(torch.nn.utils.clip_grad_norm_(weights, largest)).item()
+    norm = ranks.full(torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], largest)).item()
     if not math.isfinite(norm):
         raise NotFinite(f"the norm of the gradient is {norm}", sum(ranks.gather(rollout.records()), []))
     optimizer.step()
@@ -444,5 +438,4 @@ def within_memory(function: Callable, given: tuple, token_budget: int, optimizer
                 raise
         optimizer.zero_grad()
         token_budget //= 2
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # if CUDA has been begun

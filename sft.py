@@ -39,9 +39,9 @@ def cross_entropy(
 ) -> float:  # fmt: skip
     """The mean of -log pi over completion tokens, in nats, as if each row were there `copies` (B,) times.
 
-    Its denominator is `tokens`, or their number; with several ranks that of all. `learn` accumulates its gradient.
+    Of all ranks together, over `tokens`, or their number. `learn` accumulates the gradient of this rank's rows.
     """
-    tokens, total = tokens or count_tokens(rollout, copies), 0.0
+    tokens, total = tokens or sum(ranks.gather(count_tokens(rollout, copies))), 0.0
     batches = micro_batches(rollout, token_budget, policy.layout)
     if learn:
         ranks.keep_step(policy.model, len(batches), lambda: policy.log_probs(rollout.select(batches[-1]))[0])
@@ -52,7 +52,7 @@ def cross_entropy(
             if learn:
                 loss.backward()
             total += loss.item()
-    return total
+    return sum(ranks.gather(total))
 
 
 def count_tokens(rollout: Rollout, copies: torch.Tensor) -> int:
@@ -96,9 +96,8 @@ def train_step(run: SFTRun, step: int) -> dict[str, float]:
     batch, copies = rollout.select(rows), copies[rows]
     rate = run.optimizer.param_groups[0]["lr"] = learning_rate_at(config, step, run.last_step)
     with run.unbroken(), out_of_memory("--micro-batch-tokens"):
-        tokens = ranks.total({"tokens": count_tokens(batch, copies)})["tokens"]
+        tokens = sum(ranks.gather(count_tokens(batch, copies)))
         loss = run.within_memory(functools.partial(cross_entropy, tokens=tokens), run.policy, batch, copies)
-        loss = ranks.total({"loss": loss})["loss"]
         ranks.add_gradients(list(run.policy.model.parameters()))
         if not math.isfinite(loss):
             raise NotFinite(f"the loss is {loss}", sum(ranks.gather(batch.records()), []))
@@ -111,10 +110,9 @@ def validate(run: SFTRun, step: int) -> dict[str, float]:
     """The loss on the validation demonstrations, by which --patience counts."""
     rollout, copies = run.validation
     rows = ranks.own(torch.arange(len(copies), device=copies.device))
-    tokens = ranks.total({"tokens": count_tokens(rollout.select(rows), copies[rows])})["tokens"]
     with out_of_memory("--micro-batch-tokens"), ranks.whole(run.policy.model):
         part = (rollout.select(rows), copies[rows], run.config.micro_batch_tokens)
-        loss = ranks.total({"loss": cross_entropy(run.policy, *part, learn=False, tokens=tokens)})["loss"]
+        loss = cross_entropy(run.policy, *part, learn=False)
     run.note_score(step, -loss)
     run.say(f"step {step}: validation loss {loss:.4f} nats per token")
     return {"validation_loss": loss}

@@ -19,16 +19,7 @@ from pathlib import Path
 import torch
 
 import ranks
-from commands import (
-    UserError,
-    atomic_write,
-    flag_of,
-    load_tensors,
-    load_weights,
-    read_json,
-    save_tensors,
-    write_json,
-)
+from commands import UserError, atomic_write, flag_of, load_tensors, load_weights, read_json, save_tensors, write_json
 
 FORMAT = 1  # of run.json and of states; another number means that this code cannot continue them
 REPLACED = ".replaced"  # where --overwrite keeps the old run until the new one has a state of its own

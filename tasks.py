@@ -16,26 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
-from commands import UserError
-from rewards import (
-    RewardFunction,
-    accepted,
-    answer_exact,
-    answer_format,
-    answer_last,
-    boxed_format,
-    distance,
-    even_answer,
-    last_boxed,
-    math_accuracy,
-    math_lenient,
-    nearest_exact,
-    overlap,
-    text_of,
-    to_integer,
-)
+import rewards
+from commands import UserError, flag_of
+from rewards import RewardFunction, answer_exact, answer_format, answer_last, boxed_format, last_boxed, to_integer
 
 OPERATIONS = {"+": lambda x, y: x + y, "-": lambda x, y: x - y, "*": lambda x, y: x * y}
+SPLITS = {"train": "train", "held_out": "test"}  # by our name for a split, what the hub and a folder call it
 
 
 @dataclass(frozen=True)
@@ -59,8 +45,8 @@ class Task:
     load: Callable[..., dict[str, list[Example]]]  # keyword settings -> examples by split
     rewards: str  # the default mix, as on the command line
     metrics: dict[str, RewardFunction]
-    chat_instruction: str  # added to the question for models that have a chat template
     max_new_tokens: int
+    chat_instruction: str = ""  # added to the question for models that have a chat template
     plain: str = "{question}"  # how a model without a chat template is asked
     toy: bool = False  # a toy can learn it from nothing, so no --model is needed
     epochs: float = 3.0  # passes over the demonstrations in fine-tuning
@@ -119,32 +105,27 @@ def odd_even(even_data_ratio: float = 0.0) -> dict[str, list[Example]]:
 
 def read_records(path: Path) -> list[dict]:
     """The records of a JSON, JSON Lines or parquet file; raises UserError naming file and line."""
+    problem, mend = f"{path} cannot be read", "give a .json, .jsonl or .parquet file"
     try:
         if path.suffix == ".parquet":
-            try:
-                from pyarrow.parquet import read_table
-            except ImportError as error:
-                raise UserError(f"--data: {path} needs pyarrow; python -m pip install pyarrow") from error
+            from pyarrow.parquet import read_table
+
             return read_table(path).to_pylist()
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".json":
             records = json.loads(text)
-            if not isinstance(records, list):
-                raise UserError(f"--data: {path} does not hold a list of records; give a list, or JSON Lines as .jsonl")
         else:
-            lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
             records = []
-            for number, line in lines:
-                try:
+            for number, line in enumerate(text.split("\n"), 1):
+                problem, mend = f"{path}, line {number}, is no JSON", "mend or delete it"
+                if line.strip():
                     records.append(json.loads(line))
-                except (ValueError, RecursionError) as error:
-                    raise UserError(
-                        f"--data: {path}, line {number}, is no JSON ({error}); mend or delete it"
-                    ) from error
-    except UserError:
-        raise
+    except ImportError as error:
+        raise UserError(f"--data: {path} needs pyarrow; python -m pip install pyarrow") from error
     except (OSError, ValueError, RecursionError) as error:  # pyarrow's errors are among them
-        raise UserError(f"--data: {path} cannot be read ({error}); give a .json, .jsonl or .parquet file") from error
+        raise UserError(f"--data: {problem} ({error}); {mend}") from error
+    if not isinstance(records, list):
+        raise UserError(f"--data: {path} does not hold a list of records; give a list, or JSON Lines as .jsonl")
     strange = next((i for i, record in enumerate(records, 1) if not isinstance(record, dict)), None)
     if strange is not None:
         raise UserError(f"--data: record {strange} of {path} is no object with fields; mend or delete it")
@@ -199,14 +180,13 @@ class Source:
                 raise UserError(f"--task: {self.hub} cannot be read from the hub ({first}); use --data FILE") from error
         path = Path(data)
         if path.is_dir():
-            files = {name: sorted(path.glob(f"{stem}.*")) for name, stem in (("train", "train"), ("held_out", "test"))}
+            files = {name: sorted(path.glob(f"{stem}.*")) for name, stem in SPLITS.items()}
             if not files["train"]:
                 raise UserError(f"--data: {data} holds no train.jsonl (or .json, .parquet); name a file")
             return {name: (read_records(paths[0]), str(paths[0])) for name, paths in files.items() if paths}
         if not path.is_file():
-            raise UserError(
-                f"--data: no file {data!r}; give a .json, .jsonl or .parquet file, or a folder with train.jsonl"
-            )
+            mend = "give a .json, .jsonl or .parquet file, or a folder with train.jsonl"
+            raise UserError(f"--data: no file {data!r}; {mend}")
         return {"train": (read_records(path), data)}
 
     def examples(self, records: list[dict], where: str) -> list[Example]:
@@ -223,11 +203,9 @@ class Source:
                     text.encode()  # half of a surrogate pair is no text
                 examples.append(example)
             except (AttributeError, KeyError, TypeError, ValueError) as error:
-                fields = f"its fields are {', '.join(map(str, record))}"
                 what = f"lacks {error}" if isinstance(error, KeyError) else f"has {error}"
-                raise UserError(
-                    f"{where}: record {number} {what}; {fields}; {self.hub} shows what is expected"
-                ) from error
+                mend = f"its fields are {', '.join(map(str, record))}; {self.hub} shows what is expected"
+                raise UserError(f"{where}: record {number} {what}; {mend}") from error
         if len(examples) < len(records):
             print(f"{where}: {len(records) - len(examples)} of {len(records)} records left out, they have no answer")
         return examples
@@ -278,7 +256,7 @@ def smoltldr_example(record: dict) -> Example | None:
 
 def shows_working(prompts, completions, **_) -> list[float]:
     """1 where an equation such as `4-9=-5` or `4 - 9 = -5` stands before the answer, else 0."""
-    before = (text_of(completion).partition("<answer>")[0] for completion in completions)
+    before = (rewards.text_of(completion).partition("<answer>")[0] for completion in completions)
     return [float(re.search(r"[0-9] ?[+*-] ?[0-9-][0-9]{0,30} ?= ?-?[0-9]", text) is not None) for text in before]
 
 
@@ -286,7 +264,7 @@ def for_parity(remainder: int) -> RewardFunction:
     """A measure of the problems with an odd (1) or even (0) answer: 1 if right, else 0; None for the others."""
 
     def right(prompts, completions, answer, **_) -> list[float | None]:
-        values = nearest_exact(prompts, completions, answer)
+        values = rewards.nearest_exact(prompts, completions, answer)
         return [value if int(y) % 2 == remainder else None for value, y in zip(values, answer, strict=True)]
 
     return right
@@ -314,11 +292,11 @@ TASKS = {
             load=odd_even,
             rewards="closeness=1",
             metrics={
-                "accuracy": nearest_exact,
+                "accuracy": rewards.nearest_exact,
                 "odd_accuracy": for_parity(1),
                 "even_accuracy": for_parity(0),
-                "even_answers": even_answer,
-                "mean_error": distance,
+                "even_answers": rewards.even_answer,
+                "mean_error": rewards.distance,
             },
             chat_instruction="End with the number in <answer>...</answer>.",
             max_new_tokens=8,
@@ -327,7 +305,7 @@ TASKS = {
         ),
         Task(
             name="gsm8k",
-            load=Source("openai/gsm8k", ("main",), {"train": "train", "held_out": "test"}, gsm8k_example).load,
+            load=Source("openai/gsm8k", ("main",), SPLITS, gsm8k_example).load,
             rewards="answer_format=0.2,answer_near=0.2,answer_exact=0.6",
             metrics={"accuracy": answer_exact, "lenient": answer_last, "format": answer_format},
             chat_instruction="Work it out step by step, then end with the number in <answer>...</answer>.",
@@ -345,11 +323,9 @@ TASKS = {
         ),
         Task(
             name="math",
-            load=Source(
-                "EleutherAI/hendrycks_math", MATH_SUBJECTS, {"train": "train", "held_out": "test"}, math_example
-            ).load,
+            load=Source("EleutherAI/hendrycks_math", MATH_SUBJECTS, SPLITS, math_example).load,
             rewards="boxed_format=0.2,math_accuracy=0.8",
-            metrics={"accuracy": math_accuracy, "lenient": math_lenient, "format": boxed_format},
+            metrics={"accuracy": rewards.math_accuracy, "lenient": rewards.math_lenient, "format": boxed_format},
             chat_instruction=r"Work it out step by step, then end with the answer in \boxed{...}.",
             max_new_tokens=1024,
             plain="{question}\n{instruction}\n",
@@ -358,17 +334,15 @@ TASKS = {
             name="alpaca",
             load=Source("tatsu-lab/alpaca", (None,), {"train": "train"}, alpaca_example).load,
             rewards="judge=1",
-            metrics={"overlap": overlap},
-            chat_instruction="",
+            metrics={"overlap": rewards.overlap},
             max_new_tokens=256,
             plain="### Instruction:\n{question}\n\n### Response:\n",
         ),
         Task(
             name="smoltldr",
-            load=Source("mlabonne/smoltldr", (None,), {"train": "train", "held_out": "test"}, smoltldr_example).load,
+            load=Source("mlabonne/smoltldr", (None,), SPLITS, smoltldr_example).load,
             rewards="token_length=1",
-            metrics={"overlap": overlap},
-            chat_instruction="",
+            metrics={"overlap": rewards.overlap},
             max_new_tokens=96,
         ),
     ]
@@ -388,8 +362,7 @@ def pose(task: Task, example: Example, chat: bool, shots: Sequence[Example] = ()
     Before it the shots, asked alike and answered by their first demonstration.
     """
     if chat:
-        asked = [f"{one.prompt}\n{task.chat_instruction}".strip() for one in (*shots, example)]
-        turns = [("user", text) for text in asked]
+        turns = [("user", f"{one.prompt}\n{task.chat_instruction}".strip()) for one in (*shots, example)]
         for i, shot in enumerate(shots):
             turns.insert(2 * i + 1, ("assistant", shot.demonstrations[0]))
         prompt = [{"role": role, "content": content} for role, content in turns]
@@ -420,10 +393,10 @@ def load_task(
     splits that are not trained on. Raises UserError for a setting that the task does not have.
     """
     given = {name: value for name, value in settings.items() if value is not None}
-    if math_accuracy in task.metrics.values() and not importlib.util.find_spec("math_verify"):
+    if rewards.math_accuracy in task.metrics.values() and not importlib.util.find_spec("math_verify"):
         raise UserError(f"--task {task.name} needs the package math-verify; python -m pip install math-verify")
-    for name in given.keys() - accepted(task.load, given).keys():
-        raise UserError(f"--{name.replace('_', '-')}: task {task.name} has no such setting; leave it out")
+    for name in given.keys() - rewards.accepted(task.load, given).keys():
+        raise UserError(f"{flag_of(name)}: task {task.name} has no such setting; leave it out")
     splits, shown = task.load(**given), worked_examples(task, shots, **given)
     taken, posed = {example.prompt for example in shown}, {}
     for name, examples in splits.items():

@@ -53,7 +53,7 @@ TABLE = [
     ("inference.py", "measure_rollout", VALUES),
     ("tasks.py", "take_prompts", VALUES),
     ("rewards.py", "Rewards.__call__", VALUES),
-    ("rollouts.py", "Rollout.select join pass_tokens micro_batches Packed", SAMPLER),
+    ("rollouts.py", "Rollout.select join pass_tokens micro_batches", SAMPLER),
     ("rollouts.py", "row_uniforms", SAMPLER),
     ("policy.py", "inverse_cdf", SAMPLER),
     ("policy.py", "log_distribution", (*SAMPLER, "test_oracle_enumeration.py")),

@@ -723,7 +723,7 @@ def test_what_costs_memory_or_work_changes_the_plan(outcome, settings):
     # Without the process and the peak that holds it, which differ from one run to the next.
     texts = [re.sub("(?m)^(process|peak).*$", "", each["text"]) for each in (before, after)]
     numbers = [re.findall(r" ([0-9.]+) (?:GB  |tera)", text) for text in texts]
-    assert len(numbers[0]) == 9 and numbers[0] != numbers[1] and before["error"] is after["error"] is None
+    assert len(numbers[0]) == 10 and numbers[0] != numbers[1] and before["error"] is after["error"] is None
 
 
 @pytest.mark.parametrize("command", COMMANDS)
