@@ -152,7 +152,8 @@ def dry_run(config) -> str:
     task, row = find_task(config.task), config.resolved_algorithm
     chat = {"chat_template": config.chat_template, "thinking": config.thinking}
     policy = load(config.model, "meta", config.dtype, **chat)
-    policy.dtype = choose_dtype(config.dtype, policy, choose_device(config.device))
+    device = choose_device(config.device)
+    policy.dtype = choose_dtype(config.dtype, policy, device)
     policy.model.checkpointing = config.gradient_checkpointing
     if not isinstance(policy, TokenPolicy):
         raise UserError("--dry-run is for language models; an autoencoder needs next to nothing")
@@ -168,7 +169,6 @@ def dry_run(config) -> str:
     estimate = plan(
         policy, config.batch_size * config.num_generations, config.batch_size, max(map(len, encoded)), width,
         common, micro_batch_tokens=config.micro_batch_tokens, inner_updates=config.num_inner_updates,
-        reference=(row.beta > 0) + copied, device=choose_device(config.device),
-        samplers=sampler_dtypes(policy, config),
+        reference=(row.beta > 0) + copied, device=device, samplers=sampler_dtypes(policy, config),
     )  # fmt: skip
     return estimate.table()

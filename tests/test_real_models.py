@@ -530,6 +530,8 @@ def test_the_dry_run_counts_what_is_there_and_writes_nothing(shared_data, tmp_pa
     assert size["gaps"] == 0  # all in one pass
     parts = plan(policy, 8, 2, 10, 20, **settings | {"micro_batch_tokens": 90}).parts
     assert parts["gaps"][0] == parts["activations"][0] / 2 > 0
+    part, three = (plan(policy, n, 1, 40, 8, **settings | {"micro_batch_tokens": 64}).parts for n in (8, 3))
+    assert part["activations"] == three["activations"]  # of a group of 8 three rows fit beside the prompt
     small = dataclasses.replace(estimate, device_bytes=estimate.peak - 1)
     assert "does not fit" in small.table() and "does not fit" not in estimate.table()
     assert "Python" not in small.table().splitlines()[-1]  # which no flag makes smaller
