@@ -118,8 +118,11 @@ def activation_bytes(
     tokens = before + rows * new
     vectors = [4 * hidden] * 7 + [inner * size] * 4  # bytes of a token
     layer = tokens * sum(vectors) + 4 * before * hidden * size
-    scored = own + new + 2 * common  # numbers kept for each query and head: scores, once more if folded
-    layer += rows * size * (2 * (own + new) * hidden + new * (hidden + heads * scored))
+    # Short rows read the common tokens where they are (`Packed.attend`), and fold their weights; long ones copy them.
+    seen, folded = own + new + common, common and new <= hidden // heads
+    keys, scores = (seen - common, seen + common) if folded else (seen, seen)
+    wide = 4 * seen if folded and size == 2 else 0  # such a softmax is in float32
+    layer += rows * (size * (2 * keys * hidden + new * (hidden + heads * scores)) + new * heads * wide)
     kept = layers * tokens * hidden * 4 + layer if policy.model.checkpointing else layers * layer
     kept += 3 * tokens * inner * size
     # glibc gives larger ones a mapping of their own, see `keep_memory`.
