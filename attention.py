@@ -103,7 +103,7 @@ class Shared:
         return x if self.slots is None else x.index_select(0, self.slots)  # each at most once
 
     def fold(self, x: torch.Tensor) -> torch.Tensor:
-        """Rows (B, K, S, D) side by side, one matrix for each text and head: (n, K, rows * S, D)."""
+        """Rows (B, K, S, D) side by side, one matrix for each text and head: (count, K, slots * S, D)."""
         if self.slots is not None:
             x = x.new_zeros(self.shape[0] * self.shape[1], *x.shape[1:]).index_copy(0, self.slots, x)
         return x.unflatten(0, self.shape).transpose(1, 2).flatten(2, 3)
@@ -138,7 +138,7 @@ def attention_with(texts: list[tuple], q, k, v, mask: torch.Tensor | None) -> to
 class Cache:
     """Keys and values of every layer, (B, K, L, D) each, and before them those of texts that rows share.
 
-    It grows by concatenation, which autograd can follow (the scorer), or, if `share` made room, in place (the sampler).
+    It grows by concatenation, which autograd can follow, or, if `share` made room, in place (the sampler).
     """
 
     share_from, share_fixed_from = 64, 256  # tokens from which a text is shared, not repeated
@@ -152,7 +152,7 @@ class Cache:
         self.place: torch.Tensor | None = None  # (1,) int64, where the next token goes, if rows are fixed
 
     def extend(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append (B, K, T, D) keys and values to a layer and return all of the rows' own, (B, K, L, D)."""
+        """Append (B, K, T, D) keys and values to a layer; the rows' own (B, K, L, D), or all their room."""
         if not self.room:
             if self.layers[layer] is not None:
                 key, value = (torch.cat(pair, 2) for pair in zip(self.layers[layer], (key, value), strict=True))
@@ -222,7 +222,7 @@ def spare(count: int, device: torch.device, least: int = 64) -> int:
     """How many idle tokens go with so many, on a CPU: that their sum be one of few numbers, multiples of `least`.
 
     For each number of rows oneDNN writes its kernels anew: a tenth of the time of the toy's fine-tuning, and small
-    pieces of memory that last among the large ones, 2 GB of gaps in the main job.
+    pieces of memory that last among the large ones.
     """
     return -count % max(least, 2 ** (count.bit_length() - 5)) if device.type == "cpu" else 0
 
@@ -232,8 +232,8 @@ class Packed:
 
     A prompt sees itself, a completion its own prompt and itself. What all prompts begin with, `common` tokens, stands
     before all else, once. `prompts` (P,) and `completions` (B,) are numbers of tokens, `group` (B,) names the prompt of
-    each completion. Only here do rows have one width, and not where `has_varlen`. The last `idle` tokens see nothing,
-    and nothing sees them: see `spare`.
+    each completion. Only here do rows have one width, and not in `unpadded`. The last `idle` tokens see nothing, and
+    nothing sees them: see `spare`.
     """
 
     def __init__(self, prompts: torch.Tensor, completions: torch.Tensor, group: torch.Tensor, common: int = 0):

@@ -23,8 +23,8 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
 class Product(torch.autograd.Function):
     """`product` with its gradient.
 
-    On an AMD CPU with AVX-512 it takes 0.53 to 0.68 of the time of `F.linear`, backward included, since the library
-    behind that uses vectors half as wide there; without AVX-512 0.9 to 1.2 (tests/bench_product.py).
+    It takes 0.53 to 0.68 of the time of `F.linear`, backward included, on one AMD CPU with AVX-512, where the library
+    behind that uses vectors half as wide, 0.7 to 1.2 on another; without AVX-512 0.9 to 1.2 (tests/bench_product.py).
     """
 
     @staticmethod
@@ -84,7 +84,7 @@ def can_prepack(model: nn.Module, dtype: torch.dtype) -> bool:
 
 @contextlib.contextmanager
 def prepacked(model: nn.Module, rows: int, dtype: torch.dtype = torch.float32) -> Iterator[None]:
-    """Hold the weights in `dtype`, those of one input together, on a CPU in the best order for about `rows` rows.
+    """Hold the weights in `dtype`, those of one input together, on a CPU large ones in an order for about `rows` rows.
 
     Without gradient, where `can_prepack`; the output layer stays float32. Decoding reads all weights for each token:
     its products take 0.25 to 0.6 of the time of those with the weights as they are, which are ordered anew each time.

@@ -89,6 +89,20 @@ def test_the_parts_of_a_group_count_its_prompt_once():
     assert [len(rows) for rows in micro_batches(rollout, 64, "joined")] == [1] * 8
 
 
+def test_what_all_prompts_begin_with_is_counted_once_a_pass():
+    """Three groups of two rows of 10, each 26 tokens after the 64 that all begin with."""
+    rollout = rollout_of([70] * 3, [[10, 10]] * 3)
+    rollout.prompts = torch.cat([torch.full((3, 64), 9), torch.arange(18).view(3, 6)], 1)
+    assert rollout.common == 64
+
+    def sizes(budget: int, layout: str = "packed") -> list[int]:
+        return [len(rows) for rows in micro_batches(rollout, budget, layout)]
+
+    assert [sizes(budget) for budget in (142, 141, 116, 115)] == [[6], [4, 2], [4, 2], [2, 2, 2]]
+    assert sizes(90) == [2, 2, 2] and sizes(89) == sizes(80) == [1] * 6  # each part has its prompt
+    assert [sizes(budget, "joined") for budget in (320, 319, 160, 159)] == [[4, 2], [2, 2, 2], [2, 2, 2], [1] * 6]
+
+
 @pytest.fixture
 def ragged(random_policy):
     """A policy and a rollout of prompts and completions of different lengths."""
