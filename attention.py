@@ -152,7 +152,7 @@ class Cache:
         self.place: torch.Tensor | None = None  # (1,) int64, where the next token goes, if rows are fixed
 
     def extend(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append (B, K, T, D) keys and values to a layer; the rows' own (B, K, L, D), or all their room."""
+        """Append (B, K, T, D) keys and values to a layer; returns all of its rows, or of fixed ones all room."""
         if not self.room:
             if self.layers[layer] is not None:
                 key, value = (torch.cat(pair, 2) for pair in zip(self.layers[layer], (key, value), strict=True))

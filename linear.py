@@ -84,7 +84,7 @@ def can_prepack(model: nn.Module, dtype: torch.dtype) -> bool:
 
 @contextlib.contextmanager
 def prepacked(model: nn.Module, rows: int, dtype: torch.dtype = torch.float32) -> Iterator[None]:
-    """Hold the weights in `dtype`, those of one input together, on a CPU large ones in an order for about `rows` rows.
+    """Hold the weights in `dtype`, those of one input together, on a CPU large ones ordered for about `rows` rows.
 
     Without gradient, where `can_prepack`; the output layer stays float32. Decoding reads all weights for each token:
     its products take 0.25 to 0.6 of the time of those with the weights as they are, which are ordered anew each time.

@@ -41,6 +41,7 @@ STATISTICS = ("test_oracle_values.py", "test_inference.py", "test_reports.py")
 TASKS = ("test_tasks.py", "test_odd_even.py", "test_rewards.py")
 REWARDS = ("test_rewards.py", "test_odd_even.py", "test_tasks.py")
 SFT = ("test_sft.py", "test_odd_even.py")
+ATTENTION = ("test_model_toy.py", "test_policy.py", "test_oracle_sampler.py", "test_real_models.py")
 ALWAYS = ("test_survivors.py",)
 
 # (file, functions, test files): the one thing to change when code moves.
@@ -56,6 +57,11 @@ TABLE = [
     ("rollouts.py", "Rollout.select join pass_tokens micro_batches", SAMPLER),
     ("rollouts.py", "row_uniforms", SAMPLER),
     ("policy.py", "inverse_cdf", SAMPLER),
+    ("attention.py", "attention is_written_out attention_mask additive attention_with spare", ATTENTION),
+    ("attention.py", "Shared.regroup Shared.repeat Shared.fold Shared.unfold", ATTENTION),
+    ("attention.py", "Cache.extend Cache.share Cache.visible Cache.advance Cache.select", ATTENTION),
+    ("attention.py", "Packed.__init__ Packed.__call__ Packed.padded Packed.attend Packed.pad Packed.unpad", ATTENTION),
+    ("plan.py", "Plan.table sampler_dtypes copy_bytes activation_bytes", ("test_plan.py",)),
     ("policy.py", "log_distribution", (*SAMPLER, "test_oracle_enumeration.py")),
     ("policy.py", "TokenPolicy.pack", (*SAMPLER, "test_sft.py")),
     (
